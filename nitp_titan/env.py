@@ -1,0 +1,351 @@
+"""What this machine is, and what of nitp_titan works on it: ``nitp-titan env``.
+
+The facts are the rows of ``FEATURES``: a name, and what the torch version and the device make of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import nitp_titan
+
+PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "spmd_types", "transformers", "nitp_titan")
+TORCH_RANGE = ((2, 11), (2, 16))
+"""The first torch (major, minor) that nitp_titan is made for, and the first that it is not."""
+TORCHTITAN = (0, 3)
+
+Version = tuple[int, int]
+Verdict = tuple[bool, str]
+"""Whether it works, and the reason why not, or what to know where it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the verdicts depend on: the kind of device that a run would train on."""
+
+    type: str
+    """ "cuda" (NVIDIA), "rocm" (AMD, which torch calls "cuda" too) or "cpu" """
+    name: str
+    count: int = 1
+    capability: Version | None = None
+    """CUDA compute capability, the smallest of all devices."""
+    backends: tuple[str, ...] = ("gloo",)
+    """torch.distributed backends of this torch build."""
+    compiler: str | None = None
+    """The C/C++ compiler that torch.compile would call."""
+    details: tuple[tuple[str, str], ...] = ()
+    """Further lines of the report: (label, text)."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.type != "cpu"
+
+
+# What works ------------------------------------------------------------------------------------------
+
+
+def _training(torch: Version, device: Device) -> Verdict:
+    backend = "nccl" if device.is_gpu else "gloo"
+    if backend not in device.backends:
+        return False, f"this torch is built without {backend}"
+    return True, f"{'GPU' if device.is_gpu else 'CPU'}, {backend} between ranks"
+
+
+def _compile(torch: Version, device: Device) -> Verdict:
+    if device.compiler is None:
+        language, key = ("C", "CC") if device.is_gpu else ("C++", "CXX")
+        return False, f"no {language} compiler found: install gcc, or set {key}"
+    return True, f"with {device.compiler}"
+
+
+def _float8(torch: Version, device: Device) -> Verdict:
+    if device.type == "cpu":
+        return False, "needs a GPU of compute capability 8.9; emulated here, slower"
+    if device.type == "rocm":
+        return False, "not tried on AMD GPUs"
+    if device.capability is None or device.capability < (8, 9):
+        return False, f"needs compute capability 8.9, this is {_dotted(device.capability)}; emulated here, slower"
+    return True, ""
+
+
+def _cuda_graphs(torch: Version, device: Device) -> Verdict:
+    if device.type != "cuda":
+        return False, "needs an NVIDIA GPU"
+    return True, "dense models; upstream refuses them for expert and pipeline parallelism"
+
+
+def _expert_parallel(torch: Version, device: Device) -> Verdict:
+    if torch < (2, 13):
+        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
+    if not device.is_gpu and torch >= (2, 15):
+        return False, f"gloo's all-to-all fails on torch {_dotted(torch)}; torch 2.13 works on a CPU"
+    return True, ""
+
+
+def _chunked_cross_entropy(torch: Version, device: Device) -> Verdict:
+    if torch < (2, 13):
+        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
+    return True, ""
+
+
+def _not_yet(torch: Version, device: Device) -> Verdict:
+    return False, "not yet in this version"
+
+
+def _upstream_entry(torch: Version, device: Device) -> Verdict:
+    needs = []
+    if torch < (2, 14):
+        needs.append(f"torch >= 2.14 (this is {_dotted(torch)})")
+    if not device.is_gpu:
+        needs.append("a GPU")
+    if needs:
+        return False, f"needs {' and '.join(needs)}; use python -m nitp_titan.train"
+    return True, ""
+
+
+def _flex_attention(torch: Version, device: Device) -> Verdict:
+    if not device.is_gpu:
+        return False, "has no backward on a CPU; SDPA with the document mask takes its place"
+    return True, ""
+
+
+FEATURES: tuple[tuple[str, Callable[[Version, Device], Verdict]], ...] = (
+    ("training", _training),
+    ("torch.compile", _compile),
+    ("flex attention", _flex_attention),
+    ("float8", _float8),
+    ("CUDA graphs", _cuda_graphs),
+    ("upstream's chunked cross-entropy", _chunked_cross_entropy),
+    ("expert parallelism", _expert_parallel),
+    ("pipeline parallelism", _not_yet),
+    ("context parallelism", _not_yet),
+    ("python -m torchtitan.train", _upstream_entry),
+)
+
+
+class Row(NamedTuple):
+    name: str
+    works: bool
+    reason: str
+
+
+def what_works(torch: Version, device: Device) -> list[Row]:
+    return [Row(name, *verdict(torch, device)) for name, verdict in FEATURES]
+
+
+# What there is ---------------------------------------------------------------------------------------
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The version of each of ``PACKAGES``; None = not installed. Imports none of them."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["nitp_titan"] = versions["nitp_titan"] or nitp_titan.__version__  # a checkout that is not installed
+    return versions
+
+
+def version_warnings(versions: Mapping[str, str | None]) -> list[str]:
+    found = []
+    torch = versions.get("torch")
+    first, last = TORCH_RANGE
+    wanted = f">={_dotted(first)},<{_dotted(last)}"
+    if torch is None:
+        found.append(f"torch is not installed; nitp_titan needs torch{wanted}")
+    elif not first <= _release(torch) < last:
+        found.append(f"torch {torch} is outside {wanted}, the range that nitp_titan is made for")
+    torchtitan = versions.get("torchtitan")
+    if torchtitan is None:
+        found.append(f"torchtitan is not installed; nitp_titan needs torchtitan=={_dotted(TORCHTITAN)}.*")
+    elif _release(torchtitan) != TORCHTITAN:
+        found.append(f"torchtitan {torchtitan} is not {_dotted(TORCHTITAN)}.*, the release that nitp_titan extends")
+    return found
+
+
+def find_device() -> Device:
+    """The device that a run would train on here.
+
+    Raises:
+        ImportError, OSError: torch cannot be imported.
+    """
+    import torch
+
+    distributed = torch.distributed
+    backends = tuple(
+        name
+        for name in ("nccl", "gloo")
+        if distributed.is_available() and getattr(distributed, f"is_{name}_available")()
+    )
+    with warnings.catch_warnings(record=True) as complaints:  # of a driver that is too old, for one
+        warnings.simplefilter("always")
+        has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        details = []
+        memory = _memory_gib()
+        if memory is not None:
+            details.append(("memory", f"{memory:.1f} GiB"))
+        driver = _nvidia_driver()
+        if torch.version.cuda or torch.version.hip:
+            built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+            found = f"NVIDIA driver {driver or 'not found'}"
+            says = "".join(f"; torch: {str(complaint.message).splitlines()[0]}" for complaint in complaints[:1])
+            details.append(("GPU", f"none usable: torch is built for {built_for}, {found}{says}"))
+        elif driver:
+            details.append(("GPU", f"NVIDIA driver {driver} is here, but this torch is built for CPUs only"))
+        return Device(
+            type="cpu",
+            name=_cpu_name(),
+            count=_num_cores(),
+            backends=backends,
+            compiler=_find_compiler(os.environ.get("CXX"), "clang++" if sys.platform == "darwin" else "g++"),
+            details=tuple(details),
+        )
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    memory = sorted({f"{gpu.total_memory / 2**30:.1f} GiB" for gpu in gpus})
+    details = [("memory", " / ".join(memory) + (" each" if len(gpus) > 1 else ""))]
+    capability = min((gpu.major, gpu.minor) for gpu in gpus)
+    if torch.version.hip:
+        details.append(("runtime", f"ROCm {torch.version.hip}"))
+    else:
+        details.append(("capability", _dotted(capability)))
+        details.append(("runtime", f"CUDA {torch.version.cuda}, driver {_nvidia_driver() or 'unknown'}"))
+    return Device(
+        type="rocm" if torch.version.hip else "cuda",
+        name=" / ".join(dict.fromkeys(gpu.name for gpu in gpus)),
+        count=len(gpus),
+        capability=None if torch.version.hip else capability,
+        backends=backends,
+        compiler=_find_compiler(os.environ.get("CC"), "gcc", "clang", "cc"),
+        details=tuple(details),
+    )
+
+
+def _find_compiler(*candidates: str | None) -> str | None:
+    return next((candidate for candidate in candidates if candidate and shutil.which(candidate)), None)
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    """Memory of the machine, or of the container where that is less."""
+    sizes = []
+    total = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if total:
+        sizes.append(int(total[1]) * 1024)
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        sizes.append(int(limit))
+    return min(sizes) / 2**30 if sizes else None
+
+
+def _nvidia_driver() -> str | None:
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", _read("/proc/driver/nvidia/version"))
+    if found:
+        return found[1]
+    try:
+        query = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return query.stdout.split("\n")[0].strip() or None if query.returncode == 0 else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+# The report ------------------------------------------------------------------------------------------
+
+
+def environment_report() -> str:
+    """Versions, devices and what works with them, as plain text in aligned columns."""
+    versions = installed_versions()
+    try:
+        device, failure = find_device(), None
+    except (ImportError, OSError, RuntimeError) as error:  # a missing library; a driver that torch cannot talk to
+        device, failure = None, f"{type(error).__name__}: {error}".splitlines()[0]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return render_report(versions, device, failure=failure, width=width)
+
+
+def render_report(
+    versions: Mapping[str, str | None], device: Device | None, *, failure: str | None = None, width: int | None = None
+) -> str:
+    """``width``: the columns to wrap long lines to; None keeps every fact on one line."""
+    notices = version_warnings(versions)
+    sections = [("Versions", [(name, version or "not installed") for name, version in versions.items()])]
+    if device is None:
+        if versions.get("torch") is not None:
+            notices.append(f"torch cannot be imported, so nothing more can be said: {failure}")
+    else:
+        if device.is_gpu:
+            lines = [("GPU", f"{device.count} x {device.name}")]
+        else:
+            lines = [("CPU", f"{device.name}, {device.count} core{'s' if device.count > 1 else ''}")]
+        sections.append(("Device", [*lines, *device.details]))
+        torch = versions.get("torch")
+        if torch is not None:
+            rows = what_works(_release(torch), device)
+            verdicts = [(row.name, f"{'yes' if row.works else 'no ':<3}  {row.reason}") for row in rows]
+            sections.append(("What works here", verdicts))
+    text = []
+    label_width = max(len(label) for _, lines in sections for label, _ in lines)
+    for title, lines in sections:
+        text.append(title)
+        hang = " " * (label_width + 4 + (5 if title == "What works here" else 0))
+        for label, value in lines:
+            text.append(_wrap(f"  {label:<{label_width}}  {value}".rstrip(), width, hang))
+        text.append("")
+    text += [_wrap(f"Warning: {warning}", width, " " * 9) for warning in notices]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def _wrap(line: str, width: int | None, hang: str) -> str:
+    if width is None or len(line) <= width:
+        return line
+    width = max(width, len(hang) + 20)  # a narrower terminal wraps by itself
+    # Only the text after the label's column is wrapped, so that the alignment stays.
+    rest = textwrap.wrap(line[len(hang) :], width - len(hang), break_on_hyphens=False) or [""]
+    return line[: len(hang)] + ("\n" + hang).join(rest)
+
+
+def _release(version: str) -> Version:
+    """(major, minor) of a version such as "2.13.0+cpu" or "2.15.0.dev20260801"."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def _dotted(version: Version | None) -> str:
+    return "unknown" if version is None else ".".join(map(str, version))
