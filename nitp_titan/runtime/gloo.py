@@ -1,0 +1,60 @@
+"""Collectives that gloo, the CPU's backend, does not have."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from nitp_titan.runtime.cpu_device import on_cpu
+from nitp_titan.runtime.shim import Shim
+
+
+def _disable_fsdp_gradient_division(model: torch.nn.Module) -> None:
+    """Upstream's function of this name, with the reduction spelled as a plain sum."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _set_pg_timeouts(timeout: timedelta, parallel_dims: Any) -> None:
+    """Upstream's function of this name, with a barrier that names no device."""
+    torch.distributed.barrier()
+    meshes = parallel_dims.get_all_one_dimensional_meshes().values()
+    for group in [*(mesh.get_group() for mesh in meshes), None]:
+        torch.distributed.set_timeout(timeout, group)
+
+
+def _patch_fsdp() -> None:
+    import torchtitan.distributed.fsdp as fsdp
+
+    fsdp.disable_fsdp_gradient_division = _disable_fsdp_gradient_division
+
+
+def _patch_timeouts() -> None:
+    import torchtitan.distributed.utils as utils
+
+    utils.set_pg_timeouts = _set_pg_timeouts
+
+
+SHIMS = [
+    Shim(
+        target="torchtitan.distributed.fsdp.disable_fsdp_gradient_division",
+        reason="a divide factor of 1 makes FSDP reduce with PREMUL_SUM, which gloo lacks",
+        until="torch reduces with SUM where the factor is 1",
+        applies=on_cpu,
+        apply=_patch_fsdp,
+    ),
+    Shim(
+        target="torchtitan.distributed.utils.set_pg_timeouts",
+        reason="its barrier passes device_ids, which gloo refuses",
+        until="a TorchTitan release that trains on a CPU",
+        applies=on_cpu,
+        apply=_patch_timeouts,
+    ),
+]
