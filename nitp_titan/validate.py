@@ -1,0 +1,68 @@
+"""Validation with the NITP loss beside the cross-entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components import validate as upstream
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
+
+from nitp_titan.decoder import NITPDecoder, nitp_shift, positions_or_default
+from nitp_titan.loss import JointLoss
+from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
+from nitp_titan.objective import pair_mask
+
+
+class Validator(upstream.Validator):
+    """TorchTitan's validator; around an NITP decoder it also measures the NITP loss."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream.Validator.Config):
+        pass
+
+    def __init__(self, config: Config, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self._pairs: torch.Tensor | None = None
+        self._active = False
+        if isinstance(self.loss_fn, JointLoss):
+            self.metrics_processor.validation_sources.append(self._losses)
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Take the mean losses over the validation batches."""
+        if isinstance(self.loss_fn, JointLoss):
+            self._pairs = torch.zeros((), dtype=torch.float32, device=utils.device_type)
+            self.loss_fn.begin_step(self._pairs)
+        super().validate(model_parts, step)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[nn.Module]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """As TorchTitan's; an NITP decoder also gets the labels."""
+        inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels, model_parts)
+        model = model_parts[0]
+        if isinstance(model, NITPDecoder):
+            extra_kwargs["labels"] = labels
+            positions = positions_or_default(extra_kwargs.get("positions"), inputs)
+            assert self._pairs is not None
+            self._active = model.nitp_active
+            self._pairs += pair_mask(positions, labels, shift=nitp_shift(model.config.nitp)).sum()
+        return inputs, labels, extra_kwargs
+
+    def _losses(self, ntp: float) -> dict[str, float]:
+        """Complete a validation's NTP loss: total, NTP and, from ``nitp.start_step`` on, NITP."""
+        if not self._active:
+            return {VALIDATION_NTP: ntp}
+        assert isinstance(self.loss_fn, JointLoss)
+        assert self._pairs is not None
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        nitp_sum, pairs = dist_utils.dist_sum_tensor(torch.stack([self.loss_fn.parts[1], self._pairs]), mesh).tolist()
+        nitp = nitp_sum / max(pairs, 1.0)
+        return {
+            "validation_metrics/loss": ntp + self.loss_fn.weight * nitp,
+            VALIDATION_NTP: ntp,
+            VALIDATION_NITP: nitp,
+        }
