@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 LossKind = Literal["cosine", "mse", "smooth_l1", "kl", "generic_cosine"]
 ProjectorKind = Literal["swiglu", "none"]
+Shift = Literal[0, 1]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class NITPConfig:
     loss: LossKind = "cosine"
     """Distance of prediction and target. "generic_cosine" is the regulariser baseline: it has no target."""
 
-    shift: Literal[0, 1] = 1
+    shift: Shift = 1
     """1: the target is the next token's state; 0: the same position's (ablation)."""
 
     stop_gradient: bool = True
@@ -59,6 +60,10 @@ class NITPConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (key, message) for every value outside its range."""
+        for key, choices in (("projector", ProjectorKind), ("loss", LossKind), ("shift", Shift)):
+            value = getattr(self, key)
+            if value not in get_args(choices):
+                yield key, f"found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}"
         if not (math.isfinite(self.weight) and self.weight >= 0):
             yield "weight", f"found {self.weight}, expected a finite number of at least 0"
         if self.target_layer is not None and self.target_layer < 0:

@@ -43,6 +43,12 @@ def test_lowest_value_of_a_range_is_accepted(key, value):
     assert getattr(NITPConfig(**{key: value}), key) == value
 
 
+@pytest.mark.parametrize(("key", "value"), [("loss", "cosin"), ("projector", "mlp"), ("shift", 2)])
+def test_value_that_is_no_choice_is_named_with_the_choices(key, value):
+    with pytest.raises(ValueError, match=rf"nitp\.{key}: found {value!r}, expected one of"):
+        NITPConfig(**{key: value})
+
+
 def test_every_bad_value_is_named_in_one_error():
     bad = {"weight": -1.0, "target_layer": -2, "projector_ratio": 0, "start_step": -3, "geometry_freq": -4}
     with pytest.raises(ValueError, match="nitp") as error:
