@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank_main(rank: int, world_size: int, store: str, function: Callable, args: tuple, results: Any) -> None:
+def _rank_main(rank: int, world_size: int, store: str, module: str, name: str, args: tuple, results: Any) -> None:
     from nitp_titan.runtime import prepare
 
     torch.set_num_threads(1)
@@ -23,7 +24,7 @@ def _rank_main(rank: int, world_size: int, store: str, function: Callable, args:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
     try:
-        results[rank] = function(*args)
+        results[rank] = getattr(importlib.import_module(module), name)(*args)
     finally:
         dist.destroy_process_group()
 
@@ -34,9 +35,11 @@ def run_on_ranks(world_size: int, function: Callable, *args: Any) -> list[Any]:
     ``function`` must be importable, its arguments and result picklable. An exception on any rank is raised here.
     The ranks meet at a file of their own, so that no port is shared between tests.
     """
+    # By name, so that a rank imports TorchTitan only when it has made ready for it.
+    where = function.__module__, function.__name__
     with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(
-            _rank_main, args=(world_size, f"{folder}/store", function, args, results), nprocs=world_size, join=True
+            _rank_main, args=(world_size, f"{folder}/store", *where, args, results), nprocs=world_size, join=True
         )
         return [results[rank] for rank in range(world_size)]

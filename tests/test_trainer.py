@@ -1,0 +1,170 @@
+"""Training runs: stock TorchTitan without NITP, and NITP's counts, switches, metrics and validation with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.metrics import MetricsProcessor as StockMetricsProcessor
+from torchtitan.components.validate import Validator as StockValidator
+from torchtitan.trainer import Trainer
+
+from nitp_titan.loss import JointLoss
+from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.trainer import NITPTrainer
+from nitp_titan.validate import Validator
+from tests.trainers import running, trainer_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def metric_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stock_loss() -> ChunkedLossWrapper.Config:
+    return ChunkedLossWrapper.Config(num_chunks=4)
+
+
+def trained(config) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Train; return each step's gradients and the final weights."""
+    gradients = []
+    with running(config) as trainer:
+        step = trainer.optimizers.step
+
+        def keep_gradients_and_step() -> None:
+            parameters = trainer.model_parts[0].named_parameters()
+            gradients.append({name: p.grad.full_tensor().clone() for name, p in parameters if p.grad is not None})
+            step()
+
+        trainer.optimizers.step = keep_gradients_and_step
+        trainer.train()
+        return gradients, {name: p.full_tensor().clone() for name, p in trainer.model_parts[0].named_parameters()}
+
+
+def test_nitp_off_is_stock_torchtitan_bit_for_bit(tmp_path, corpus):
+    ours = trainer_config(tmp_path / "ours", corpus, nitp=NITPConfig(enable=False), loss=stock_loss())
+    values = {f.name: getattr(ours, f.name) for f in dataclasses.fields(Trainer.Config)}
+    values |= {"metrics": StockMetricsProcessor.Config(), "validator": StockValidator.Config(), "dump_folder": str(tmp_path)}
+    stock = Trainer.Config(**values | {"model_spec": trainer_config(tmp_path, corpus).model_spec})
+    (our_gradients, our_weights), (stock_gradients, stock_weights) = trained(ours), trained(stock)
+    assert our_weights.keys() == stock_weights.keys()
+    assert all(torch.equal(our_weights[name], value) for name, value in stock_weights.items())
+    for our_step, stock_step in zip(our_gradients, stock_gradients, strict=True):
+        assert all(torch.equal(our_step[name], value) for name, value in stock_step.items())
+    assert "loss_metrics/nitp_loss" not in metric_lines(tmp_path / "ours")[-1]
+
+
+def losses(config, tags=("loss_metrics/global_avg_loss", "loss_metrics/ntp_loss", "loss_metrics/nitp_loss")):
+    with running(config) as trainer:
+        trainer.train()
+    return [[line[tag] for tag in tags] for line in metric_lines(Path(config.dump_folder))]
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_moe"])
+def test_accumulation_gives_the_losses_of_one_batch(tmp_path, corpus, flavor):
+    whole, parts = (trainer_config(tmp_path / str(size), corpus, flavor=flavor) for size in (8, 2))
+    whole.training.local_batch_size, parts.training.local_batch_size = 8, 2
+    torch.testing.assert_close(torch.tensor(losses(parts)), torch.tensor(losses(whole)), rtol=1e-5, atol=0)
+
+
+def test_total_is_ntp_plus_weight_times_nitp(tmp_path, corpus):
+    for total, ntp, nitp in losses(trainer_config(tmp_path, corpus, nitp=NITPConfig(weight=0.3))):
+        assert total == pytest.approx(ntp + 0.3 * nitp, rel=1e-6)
+
+
+def test_before_the_start_step_the_projector_does_not_change_and_ntp_is_as_without_it(tmp_path, corpus):
+    config = trainer_config(tmp_path / "late", corpus, nitp=NITPConfig(start_step=3, geometry_freq=0))
+    projector: list[torch.Tensor] = []
+    with running(config) as trainer:
+        weight = trainer.model_parts[0].projector.w1.weight
+        step = trainer.train_step
+        projector.append(weight.full_tensor().clone())
+
+        def keep_projector_and_step(iterator):
+            step(iterator)
+            projector.append(weight.full_tensor().clone())
+
+        trainer.train_step = keep_projector_and_step
+        trainer.train()
+    assert torch.equal(projector[0], projector[1])
+    assert torch.equal(projector[0], projector[2])
+    assert not torch.equal(projector[2], projector[3])
+    lines = metric_lines(tmp_path / "late")
+    assert ["loss_metrics/nitp_loss" in line for line in lines] == [False, False, True, True]
+    assert lines[1]["loss_metrics/global_avg_loss"] == lines[1]["loss_metrics/ntp_loss"]
+
+    plain = trainer_config(tmp_path / "off", corpus, nitp=NITPConfig(enable=False), loss=stock_loss())
+    off = losses(plain, tags=["loss_metrics/global_avg_loss"])
+    assert lines[1]["loss_metrics/ntp_loss"] == pytest.approx(off[1][0], rel=1e-4)
+
+
+def test_every_tag_is_in_tensorboard_and_in_the_file(tmp_path, corpus):
+    config = trainer_config(tmp_path, corpus, flavor="debug_moe", nitp=NITPConfig(geometry_freq=2))
+    config.metrics.log_freq = 3
+    with running(config) as trainer:
+        trainer.train()
+    (events,) = (tmp_path / "tb").rglob("events*")
+    scalars = EventAccumulator(str(events))
+    scalars.Reload()
+    lines = {line.pop("step"): line for line in metric_lines(tmp_path)}
+    losses_and_load = {
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/ntp_loss",
+        "loss_metrics/nitp_loss",
+        "moe/max_load",
+        "throughput(tps)",
+        "time_metrics/end_to_end(s)",
+    }
+    geometry = {"geometry/effective_rank", "geometry/mean_cosine_similarity"}
+    # Logged on step 1 and every third; geometry on every second, also where nothing else is logged.
+    assert losses_and_load < lines[1].keys()
+    assert not geometry & lines[1].keys()
+    assert lines[2].keys() == lines[4].keys() == geometry
+    assert losses_and_load < lines[3].keys()
+    for step, line in lines.items():
+        for tag, value in line.items():
+            assert [e.value for e in scalars.Scalars(tag) if e.step == step] == [pytest.approx(value, rel=1e-5)], tag
+    assert 1 <= lines[2]["geometry/effective_rank"] <= 128
+    assert 1 <= lines[1]["moe/max_load"] <= 4
+
+
+def test_geometry_joins_the_line_of_a_logged_step(tmp_path, corpus):
+    config = trainer_config(tmp_path, corpus, nitp=NITPConfig(geometry_freq=2))
+    with running(config) as trainer:
+        trainer.train()
+    lines = metric_lines(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["geometry/effective_rank" in line for line in lines] == [False, True, False, True]
+
+
+def test_validation_has_total_ntp_and_nitp(tmp_path, corpus):
+    config = trainer_config(tmp_path, corpus, nitp=NITPConfig(weight=0.5, start_step=2))
+    config.validator = Validator.Config(enable=True, freq=2, steps=2, dataloader=config.dataloader)
+    config.training.steps = 2
+    config.lr_scheduler.warmup_steps = 0
+    with running(config) as trainer:
+        trainer.train()
+    lines = [line for line in metric_lines(tmp_path) if "validation_metrics/loss" in line]
+    early, late = lines
+    # Before the start step there is no NITP loss to validate.
+    assert early["validation_metrics/loss"] == early["validation_metrics/ntp_loss"]
+    assert "validation_metrics/nitp_loss" not in early
+    ntp, nitp = late["validation_metrics/ntp_loss"], late["validation_metrics/nitp_loss"]
+    assert late["validation_metrics/loss"] == pytest.approx(ntp + 0.5 * nitp)
+    assert 0 < nitp < 2
+
+
+def test_loss_and_switch_must_agree(tmp_path, corpus):
+    with pytest.raises(ValueError, match="NITP needs loss JointLoss"):
+        NITPTrainer(trainer_config(tmp_path, corpus, loss=stock_loss()))
+    with pytest.raises(ValueError, match="stock TorchTitan"):
+        NITPTrainer(trainer_config(tmp_path, corpus, nitp=NITPConfig(enable=False), loss=JointLoss.Config()))
