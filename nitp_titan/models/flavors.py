@@ -45,7 +45,7 @@ _DEBUG_JOB: dict[str, dict[str, Any]] = {
     "tokenizer": {"name": "byte"},
     "dataloader": {"dataset": "python_stdlib"},
     "training": {"local_batch_size": 8, "seq_len": 256, "steps": 200},
-    "optimizer": {"lr": 4e-3},
+    "optimizer": {"lr": 2e-3},
     "lr_scheduler": {"warmup_steps": 20, "decay_ratio": 0.2},
 }
 

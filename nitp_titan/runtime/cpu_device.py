@@ -82,7 +82,15 @@ class CPUDeviceModule:
 def _use_cpu() -> None:
     import torchtitan.tools.utils as tools
 
+    before = tools.device_module
     tools.device_type, tools.device_module = "cpu", CPUDeviceModule()
+    # Modules that are imported already have taken both by name.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan."):
+            if getattr(module, "device_module", None) is before:
+                module.device_module = tools.device_module  # pyrefly: ignore [missing-attribute]
+            if isinstance(getattr(module, "device_type", None), str):
+                module.device_type = tools.device_type  # pyrefly: ignore [missing-attribute]
 
 
 SHIMS = [

@@ -1,0 +1,106 @@
+"""The training entry: ``torchrun ... -m nitp_titan.train --job.config_file FILE [--table.key value ...]``.
+
+Without torchrun it trains in one process on one device.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from nitp_titan.job import load_job
+from nitp_titan.job.errors import JobError
+
+USAGE = "usage: python -m nitp_titan.train --job.config_file FILE [--table.key value ...]"
+CONFIG_FILE = "--job.config_file"
+
+
+def split_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take ``--job.config_file FILE`` (or ``=FILE``) out of the arguments; return the file and the rest."""
+    rest = list(arguments)
+    for i, argument in enumerate(rest):
+        if argument == CONFIG_FILE and i + 1 < len(rest):
+            return rest[i + 1], rest[:i] + rest[i + 2 :]
+        if argument.startswith(f"{CONFIG_FILE}="):
+            return argument.split("=", 1)[1], rest[:i] + rest[i + 1 :]
+    return None, rest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train a job; return the exit code: 0, or 2 for a bad job file or command line."""
+    config_file, overrides = split_config_file(sys.argv[1:] if arguments is None else arguments)
+    if config_file is None:
+        print(USAGE, file=sys.stderr)
+        return 2
+    launch_alone()
+    is_first = os.environ["RANK"] == "0"
+    try:
+        job = load_job(config_file, overrides, int(os.environ["WORLD_SIZE"]), for_training=True)
+        config = build(job)
+    except JobError as error:
+        if is_first:
+            print(error, file=sys.stderr)
+        return 2
+    train(config, job)
+    return 0
+
+
+def launch_alone() -> None:
+    """Set what torchrun would for one process, where it did not start this one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+
+
+def build(job):
+    """Import torch and TorchTitan, made ready for this machine, and build the job's configuration."""
+    from nitp_titan.runtime import prepare
+
+    prepare()
+    from nitp_titan.job.build import build_trainer_config
+
+    return build_trainer_config(job)
+
+
+def train(config, job) -> None:
+    """Run the trainer as TorchTitan's own entry does (torchtitan/train.py)."""
+    import torch
+    from torchtitan.observability import structured_logger
+    from torchtitan.tools.logging import init_logger, logger
+
+    from nitp_titan.job.write import write_resolved
+
+    init_logger()
+    is_first = os.environ["RANK"] == "0"
+    run_folder = Path(config.dump_folder)
+    if is_first:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        write_resolved(job, run_folder / "config.toml")
+    structured_logger.init_structured_logger(
+        source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
+    )
+    trainer = None
+    try:
+        trainer = config.build()
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        if trainer is not None:
+            trainer.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if is_first:
+        logger.info(f"Run folder: {run_folder} ({', '.join(sorted(path.name for path in run_folder.iterdir()))})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The smoke job of a CI: both debug jobs, eager and compiled, on one GPU or, where there is none, on the CPU.
+
+    python -m tests.smoke [--steps N] [--out FOLDER]      (make smoke)
+
+Exits 1 unless every run ends well, its losses are finite and have fallen, and TensorBoard has every tag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nitp_titan.job.machine import has_gpu
+from nitp_titan.plot import read_scalars
+
+ROOT = Path(__file__).parent.parent
+LOSSES = ["loss_metrics/global_avg_loss", "loss_metrics/ntp_loss", "loss_metrics/nitp_loss"]
+TAGS = [*LOSSES, "geometry/effective_rank", "geometry/mean_cosine_similarity", "throughput(tps)"]
+JOBS = {"debug": [], "debug_moe": ["moe/max_load"]}
+MODES = {"eager": [], "compiled": ["--compile.enable"]}
+
+
+def problems_of(run: Path, tags: list[str]) -> list[str]:
+    """What is wrong with a run's metrics."""
+    try:
+        scalars = read_scalars(run)
+    except ValueError as error:
+        return [str(error)]
+    problems = [f"no tag {tag}" for tag in tags if not scalars.get(tag)]
+    for tag in LOSSES:
+        values = [value for _, value in scalars.get(tag, [])]
+        if not all(map(math.isfinite, values)):
+            problems.append(f"{tag} is not finite: {values}")
+        elif values and not values[-1] < values[0]:
+            problems.append(f"{tag} did not fall: {values[0]:.4f} -> {values[-1]:.4f}")
+    return problems
+
+
+def run_job(job: str, mode: str, steps: int, out: Path) -> list[str]:
+    """Train a job in a process of its own; return what is wrong."""
+    run = out / f"{job}-{mode}"
+    command = [sys.executable, "-m", "nitp_titan.train", "--job.config_file", f"train_configs/{job}.toml"]
+    command += ["--job.dump_folder", str(run), "--training.steps", str(steps), "--checkpoint.no-enable"]
+    command += ["--nitp.geometry_freq", "10", *MODES[mode]]
+    log = run.with_suffix(".log")
+    with log.open("w") as output:
+        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        return [f"exit code {code}; the end of {log}:", *log.read_text().splitlines()[-15:]]
+    return problems_of(run, TAGS + JOBS[job])
+
+
+def main() -> int:
+    """Run the jobs; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100 if has_gpu() else 30, help="steps of each run (%(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the runs (outputs/smoke-TIME)")
+    arguments = parser.parse_args()
+    out = (arguments.out or ROOT / "outputs" / time.strftime("smoke-%Y%m%d-%H%M%S")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for job in JOBS:
+        for mode in MODES:
+            begin = time.monotonic()
+            problems = run_job(job, mode, arguments.steps, out)
+            failed = failed or bool(problems)
+            verdict = "FAILED" if problems else "ok"
+            print(f"{job:10} {mode:9} {time.monotonic() - begin:6.1f} s  {verdict}", *problems, sep="\n  ", flush=True)
+    print(f"Runs and logs: {out}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
