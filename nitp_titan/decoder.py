@@ -161,7 +161,7 @@ def _replicated(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _twin_class(base: type[Decoder]) -> type[Decoder]:
+def _twin_class(base: type[Decoder]) -> Any:
     """Return the NITP class of a decoder class; one for all its configurations."""
 
     class Twin(NITPDecoder, base):  # pyrefly: ignore [invalid-inheritance]

@@ -51,7 +51,7 @@ class LossHead:
 
 
 @functools.cache
-def _loss_head_class(base: type[Linear]) -> type[Linear]:
+def _loss_head_class(base: type[Linear]) -> Any:
     class LossHeadOf(LossHead, base):  # pyrefly: ignore [invalid-inheritance]
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):

@@ -27,7 +27,7 @@ class NITPConfig:
     """Train with NITP. Off, the run is stock TorchTitan's, bit for bit."""
 
     weight: float = 1.0
-    """Lambda of the total loss, NTP + lambda * NITP (paper eq. 4). The paper: 1.0 for small models, 0.8-0.6 for large."""
+    """Lambda of NTP + lambda * NITP (paper eq. 4); the paper has 1.0 for small models and 0.8 to 0.6 for large ones."""
 
     target_layer: int | None = None
     """Whose output is the implicit token: 0 = the embeddings, k = block k. Unset: a fifth of the depth, at least 1."""
@@ -82,5 +82,7 @@ class NITPConfig:
         if self.target_layer is None:
             return max(1, round(n_layers / 5))
         if self.target_layer > n_layers:
-            raise ValueError(f"nitp.target_layer: found {self.target_layer}, expected 0..{n_layers} (the model's depth)")
+            raise ValueError(
+                f"nitp.target_layer: found {self.target_layer}, expected 0..{n_layers} (the model's depth)"
+            )
         return self.target_layer

@@ -9,9 +9,12 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nitp_titan.job import load_job
-from nitp_titan.job.errors import JobError
+from nitp_titan.job import Job, JobError, load_job
+
+if TYPE_CHECKING:
+    from nitp_titan.trainer import NITPTrainer
 
 USAGE = "usage: python -m nitp_titan.train --job.config_file FILE [--table.key value ...]"
 CONFIG_FILE = "--job.config_file"
@@ -59,7 +62,7 @@ def launch_alone() -> None:
     os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
-def build(job):
+def build(job: Job) -> NITPTrainer.Config:
     """Import torch and TorchTitan, made ready for this machine, and build the job's configuration."""
     from nitp_titan.runtime import prepare
 
@@ -69,7 +72,7 @@ def build(job):
     return build_trainer_config(job)
 
 
-def train(config, job) -> None:
+def train(config: NITPTrainer.Config, job: Job) -> None:
     """Run the trainer as TorchTitan's own entry does (torchtitan/train.py)."""
     import torch
     from torchtitan.observability import structured_logger
@@ -78,6 +81,8 @@ def train(config, job) -> None:
     from nitp_titan.job.write import write_resolved
 
     init_logger()
+    for note in job.notes:
+        logger.info(note)
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
     if is_first:

@@ -101,12 +101,12 @@ class NITPTrainer(Trainer):
 
 def _with_nitp(config: NITPTrainer.Config) -> NITPTrainer.Config:
     """Return the configuration that TorchTitan's trainer is to see."""
-    joint = isinstance(config.loss, JointLoss.Config)
-    if joint != config.nitp.enable:
-        state = "needs" if config.nitp.enable else "off is stock TorchTitan and does not go with"
-        raise ValueError(f"nitp.enable = {config.nitp.enable}: NITP {state} loss {JointLoss.__name__}, found {config.loss}")
     if not config.nitp.enable:
+        if isinstance(config.loss, JointLoss.Config):
+            raise ValueError("nitp.enable is off, which is stock TorchTitan: JointLoss does not go with it")
         return config
+    if not isinstance(config.loss, JointLoss.Config):
+        raise ValueError(f"NITP needs loss JointLoss, found {config.loss}")
     return dataclasses.replace(
         config,
         model_spec=nitp_model_spec(config.model_spec, config.nitp, chunk_tokens=config.loss.chunk_tokens),

@@ -39,7 +39,5 @@ def run_on_ranks(world_size: int, function: Callable, *args: Any) -> list[Any]:
     where = function.__module__, function.__name__
     with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(
-            _rank_main, args=(world_size, f"{folder}/store", *where, args, results), nprocs=world_size, join=True
-        )
+        mp.spawn(_rank_main, args=(world_size, f"{folder}/store", *where, args, results), nprocs=world_size, join=True)
         return [results[rank] for rank in range(world_size)]

@@ -80,8 +80,10 @@ def test_run_train_launches_several_ranks(tmp_path):
 def test_a_bad_job_ends_with_2_and_one_line_a_problem(tmp_path, entry):
     job = tmp_path / "job.toml"
     job.write_text('[model]\nflavor = "debugg"\n[nitp]\nwieght = 1\n')
-    done = call("--job.config_file", str(job), entry=entry[:1] + entry[1:]) if len(entry) > 1 else call(
-        entry=entry, CONFIG_FILE=str(job), PYTHON=sys.executable
+    done = (
+        call("--job.config_file", str(job), entry=entry[:1] + entry[1:])
+        if len(entry) > 1
+        else call(entry=entry, CONFIG_FILE=str(job), PYTHON=sys.executable)
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -53,7 +53,11 @@ def trained(config) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tens
 def test_nitp_off_is_stock_torchtitan_bit_for_bit(tmp_path, corpus):
     ours = trainer_config(tmp_path / "ours", corpus, nitp=NITPConfig(enable=False), loss=stock_loss())
     values = {f.name: getattr(ours, f.name) for f in dataclasses.fields(Trainer.Config)}
-    values |= {"metrics": StockMetricsProcessor.Config(), "validator": StockValidator.Config(), "dump_folder": str(tmp_path)}
+    values |= {
+        "metrics": StockMetricsProcessor.Config(),
+        "validator": StockValidator.Config(),
+        "dump_folder": str(tmp_path),
+    }
     stock = Trainer.Config(**values | {"model_spec": trainer_config(tmp_path, corpus).model_spec})
     (our_gradients, our_weights), (stock_gradients, stock_weights) = trained(ours), trained(stock)
     assert our_weights.keys() == stock_weights.keys()

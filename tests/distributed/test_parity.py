@@ -35,7 +35,11 @@ LAYOUTS = [
 
 def layout_id(layout: tuple[str, int, dict[str, Any]]) -> str:
     flavor, ranks, parallelism = layout
-    words = [flavor, f"{ranks}ranks", *(f"{name.replace('_degree', '')}={value}" for name, value in parallelism.items())]
+    words = [
+        flavor,
+        f"{ranks}ranks",
+        *(f"{name.replace('_degree', '')}={value}" for name, value in parallelism.items()),
+    ]
     return "-".join(words)
 
 

@@ -13,7 +13,7 @@ def document_causal(positions_BL):
     return lambda b, h, q, k: document(b, h, q, k) & causal(b, h, q, k)
 
 
-@pytest.fixture()
+@pytest.fixture
 def inputs():
     torch.manual_seed(0)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 1, 10), (16,))])

@@ -1,0 +1,131 @@
+"""The ``nitp-titan`` command. Exit codes: 0 fine, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from nitp_titan import __version__
+from nitp_titan.job import JobError, load_job
+from nitp_titan.job.errors import did_you_mean
+from nitp_titan.job.explain import explain, explain_keys
+from nitp_titan.job.read import split_command_line
+from nitp_titan.job.schema import all_tables
+
+_CHECK = """\
+Resolve, validate and explain a job file, without a GPU and without training.
+
+Every key of every table can be given after the file; it overrides the file's:
+  nitp-titan check job.toml --training.steps 100 --nitp.weight=0.8
+  nitp-titan check job.toml --ngpu 8 --checkpoint.enable --compile.no-enable --compile.components model,loss
+"none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, their defaults and what they mean.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``nitp-titan`` with ``argv`` (default: the process's) and return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    overrides: list[str] = []
+    if words[:1] == ["check"]:
+        overrides, words = split_command_line(words)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(words)
+    try:
+        if arguments.command == "check":
+            return _check(arguments, overrides + unknown)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return {"plot": _plot, "env": _env}[arguments.command](arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nitp-titan",
+        description="Next Implicit Token Prediction on TorchTitan. Train with run_train.sh, or "
+        "`torchrun -m nitp_titan.train --job.config_file FILE [--table.key value ...]`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nitp-titan {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "check",
+        help="validate and explain a job file",
+        description=_CHECK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="nitp-titan check FILE [--ngpu N] [--table.key value ...]\n       nitp-titan check --keys [TABLE]",
+        allow_abbrev=False,
+    )
+    check.add_argument("file", metavar="FILE", nargs="?", help="the job file, TOML")
+    check.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
+    check.add_argument("--keys", metavar="TABLE", nargs="?", const="", help="list the keys of a table, or of all")
+
+    plot = commands.add_parser("plot", help="draw the curves of runs", description="Draw the curves of runs as a PNG.")
+    plot.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run (job.dump_folder)")
+    plot.add_argument("--out", metavar="FILE.png", type=Path, required=True, help="the picture to write")
+
+    commands.add_parser("env", help="versions, devices and what works with them")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.keys is not None:
+        table = arguments.keys.strip("[]")
+        if table and table not in all_tables():
+            hint = did_you_mean(table, all_tables()) or f"the tables are {', '.join(all_tables())}"
+            return _fail(f"--keys: unknown table {table!r}; {hint}")
+        print("\n".join(explain_keys(table or None)).rstrip(), flush=True)
+        return 0
+    if arguments.file is None:
+        return _fail("nitp-titan check: expected a job file; see nitp-titan check --help")
+    try:
+        world_size = arguments.ngpu or _positive(os.environ.get("WORLD_SIZE") or "1")
+    except argparse.ArgumentTypeError as error:
+        return _fail(f"WORLD_SIZE: {error}")
+    try:
+        job = load_job(arguments.file, overrides, world_size)
+    except JobError as error:
+        return _fail(str(error))
+    print(explain(job), flush=True)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from nitp_titan.plot import plot_runs
+
+    try:
+        plot_runs(arguments.runs, arguments.out)
+    except ValueError as error:
+        return _fail(str(error))
+    print(arguments.out, flush=True)
+    return 0
+
+
+def _env(_: argparse.Namespace) -> int:
+    from nitp_titan.env import environment_report
+
+    print(environment_report(), flush=True)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

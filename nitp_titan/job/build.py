@@ -1,0 +1,194 @@
+"""From a checked job to TorchTitan's configuration. The one module here that imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nitp_titan.job.check import loss_name
+from nitp_titan.job.draft import Draft
+from nitp_titan.job.errors import JobError, Problem, one_of, quote
+from nitp_titan.job.models import OURS, ModelFacts, facts_of, modules
+from nitp_titan.job.resolve import Job
+from nitp_titan.job.schema import OUR_TABLES
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model_spec import ModelSpec
+
+    from nitp_titan.trainer import NITPTrainer
+
+# What a Config says about values that it refuses.
+_REFUSALS = (ValueError, AssertionError, NotImplementedError)
+
+
+def build_trainer_config(job: Job) -> NITPTrainer.Config:
+    """Return the trainer's configuration; ``nitp_titan.runtime.prepare()`` is called first.
+
+    Raises:
+        JobError: TorchTitan refuses what the checks here let pass.
+    """
+    _prepare()
+    from nitp_titan.trainer import NITPTrainer
+
+    problems: list[Problem] = []
+    parts: dict[str, Any] = {
+        "model_spec": model_spec(job["model"]["module"], job["model"]["flavor"], job["model"]["attn_backend"]),
+        "dump_folder": job["job"]["dump_folder"],
+        "hf_assets_path": job["model"]["hf_assets_path"],
+    }
+    builders = {
+        "nitp": lambda: job.nitp,
+        "tokenizer": lambda: _tokenizer(job),
+        "dataloader": lambda: _dataloader(job, "dataloader"),
+        "optimizer": lambda: _optimizer(job),
+        "activation_checkpoint": lambda: _activation_checkpoint(job),
+        "loss": lambda: _loss(job, parts["model_spec"]),
+    }
+    with _without_warnings():
+        for field in dataclasses.fields(NITPTrainer.Config):
+            if field.name in parts:
+                continue
+            build = builders.get(field.name) or (lambda field=field: _upstream(job, field))
+            try:
+                parts[field.name] = build()
+            except _REFUSALS as error:
+                problems.append(Problem(job.file, f"[{field.name}]", str(error)))
+        if not problems:
+            try:
+                return NITPTrainer.Config(**parts)
+            except _REFUSALS as error:
+                problems.append(Problem(job.file, "", str(error)))
+    raise JobError(problems)
+
+
+def model_spec(module: str, flavor: str, attn_backend: str) -> ModelSpec:
+    """Return the plain backbone, without NITP, from ours, TorchTitan's or somebody else's ``model_registry``."""
+    _prepare()
+    if module == OURS:
+        from nitp_titan.models.registry import model_registry
+
+        return model_registry(flavor, attn_backend=attn_backend)
+    path = module if "." in module else f"torchtitan.models.{module}"
+    registry = importlib.import_module(path).model_registry
+    takes_backend = "attn_backend" in inspect.signature(registry).parameters
+    return registry(flavor, **({"attn_backend": attn_backend} if takes_backend else {}))
+
+
+def import_facts(draft: Draft) -> ModelFacts:
+    """Import a module that the snapshot does not know, and return the facts of its flavor.
+
+    Raises:
+        JobError: there is no such module or flavor, or it is not a decoder.
+    """
+    module, flavor = draft.get("model", "module"), draft.get("model", "flavor")
+    path = module if "." in module else f"torchtitan.models.{module}"
+
+    def refuse(key: str, message: str, hint: str = "") -> JobError:
+        return JobError([draft.problem("model", key, message, hint)])
+
+    _prepare()
+    try:
+        imported = importlib.import_module(path)
+    except Exception as error:  # somebody else's code
+        hint = f"the built-in ones are {one_of(modules())}"
+        raise refuse("module", f"{path} cannot be imported: {error}", hint) from error
+    if not callable(getattr(imported, "model_registry", None)):
+        raise refuse("module", f"found {quote(module)}, which has no function model_registry(flavor)")
+    try:
+        config = model_spec(module, flavor, draft.get("model", "attn_backend")).model
+    except Exception as error:
+        named = [value for name, value in vars(imported).items() if name.endswith("_configs")]
+        known = list(named[0]) if named and isinstance(named[0], dict) else []
+        expected = f", expected {one_of(known)}" if known else ""
+        reason = "" if isinstance(error, KeyError) and known else f" ({type(error).__name__}: {error})"
+        raise refuse("flavor", f"found {quote(flavor)}{expected}{reason}") from error
+    facts = facts_of(config)
+    if facts is None:
+        raise refuse("module", f"found {quote(module)}, whose {flavor} is not a TorchTitan decoder")
+    return facts
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what a Config warns of; its ``build()`` makes a copy, which warns again, then in the run's log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _prepare() -> None:
+    from nitp_titan.runtime import prepare
+
+    prepare()
+
+
+def _upstream(job: Job, field: dataclasses.Field) -> Any:
+    """Build a table that has upstream's own keys."""
+    assert callable(field.default_factory), f"Trainer.Config.{field.name} is not a table"
+    cls = type(field.default_factory())
+    values = dict(job[field.name])
+    if f"{field.name}.dataloader" in OUR_TABLES:
+        values["dataloader"] = _dataloader(job, f"{field.name}.dataloader")
+    return cls(**values)
+
+
+def _tokenizer(job: Job) -> Any:
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+    from nitp_titan.data.tokenizer import ByteTokenizer
+
+    return {"huggingface": HuggingFaceTokenizer, "byte": ByteTokenizer}[job["tokenizer"]["name"]].Config()
+
+
+def _dataloader(job: Job, table: str) -> Any:
+    from nitp_titan.data.loader import TextDataLoader
+
+    return TextDataLoader.Config(**job[table])
+
+
+def _optimizer(job: Job) -> Any:
+    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+    table = job["optimizer"]
+    group = ParamGroupConfig(
+        pattern=r".*",
+        optimizer_name=table["name"],
+        optimizer_kwargs={
+            "lr": table["lr"],
+            "betas": (table["beta1"], table["beta2"]),
+            "eps": table["eps"],
+            "weight_decay": table["weight_decay"],
+        },
+    )
+    return OptimizersContainer.Config(param_groups=[group], implementation=table["implementation"])
+
+
+def _activation_checkpoint(job: Job) -> Any:
+    from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
+
+    table = job["activation_checkpoint"]
+    if table["mode"] == "none":
+        return None
+    cls = {"selective": SelectiveAC, "full": FullAC, "memory_budget": MemoryBudgetAC}[table["mode"]].Config
+    return cls(**{field.name: table[field.name] for field in dataclasses.fields(cls)})
+
+
+def _loss(job: Job, spec: ModelSpec) -> Any:
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+
+    from nitp_titan.loss import JointLoss
+
+    table = job["loss"]
+    name = loss_name(table["name"], job["nitp"]["enable"])
+    if name == "linear_cross_entropy":
+        return JointLoss.Config(chunk_tokens=table["chunk_tokens"])
+    plain = CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)
+    return ChunkedLossWrapper.Config(num_chunks=table["num_chunks"], loss_fn=plain) if "chunked" in name else plain

@@ -1,0 +1,218 @@
+"""What a job's values must agree on: NITP with the model, data with the disk, tokenizer with the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nitp_titan.data.files import find_text_files
+from nitp_titan.job import layout, machine, rules
+from nitp_titan.job.draft import Draft
+from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
+from nitp_titan.job.models import flavors, modules
+from nitp_titan.nitp_config import NITPConfig
+
+BYTE_VOCABULARY = 258
+DATASETS = ("text", "python_stdlib", "c4", "c4_test", "c4_validation")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+
+def check_model(draft: Draft) -> Iterator[Problem]:
+    """Module and flavor exist, as far as can be told without importing them."""
+    module, flavor = draft.get("model", "module"), draft.get("model", "flavor")
+    if module == "flux":
+        yield draft.problem("model", "module", 'found "flux", an image model', f"the decoders are {one_of(modules())}")
+    elif module in modules():
+        known = flavors(module)
+        if flavor not in known:
+            yield draft.problem(
+                "model",
+                "flavor",
+                f"found {quote(flavor)}, expected {one_of(known)} (the flavors of {module})",
+                did_you_mean(flavor, known),
+            )
+    elif "." not in module:
+        yield draft.problem(
+            "model",
+            "module",
+            f"found {quote(module)}, expected {one_of(modules())}, or a dotted path to a module with model_registry",
+            did_you_mean(module, modules()),
+        )
+
+
+def check_nitp(draft: Draft) -> Iterator[Problem]:
+    """[nitp] is within its ranges and the model's depth."""
+    values = {key: setting.value for (table, key), setting in draft.settings.items() if table == "nitp"}
+    # As an object that __post_init__ has not refused.
+    config = NITPConfig()
+    for key, value in values.items():
+        setattr(config, key, value)
+    for key, message in config.problems():
+        yield draft.problem("nitp", key, message)
+    depth = draft.facts().n_layers
+    target = draft.get("nitp", "target_layer")
+    if target is not None and target > depth:
+        expected = f"0..{depth} (0 = the embeddings, {depth} = the last block)"
+        yield draft.problem("nitp", "target_layer", f"found {target}, expected {expected}")
+
+
+def check_loss(draft: Draft) -> Iterator[Problem]:
+    """NITP trains with its own loss, and only NITP does."""
+    name, nitp = draft.get("loss", "name"), draft.get("nitp", "enable")
+    if nitp and name not in ("auto", "linear_cross_entropy"):
+        yield draft.problem(
+            "loss", "name", f'found {quote(name)}, expected "auto" or "linear_cross_entropy" with nitp.enable = true'
+        )
+    if not nitp and name == "linear_cross_entropy":
+        yield draft.problem(
+            "loss",
+            "name",
+            'found "linear_cross_entropy", which is for nitp.enable = true: without NITP a run is stock TorchTitan',
+            'expected "auto", "chunked_cross_entropy" or "cross_entropy"',
+        )
+    if not nitp and name == "chunked_cross_entropy" and machine.torch_version() < (2, 13):
+        found = ".".join(map(str, machine.torch_version()))
+        yield draft.problem(
+            "loss",
+            "name",
+            f'"chunked_cross_entropy" needs torch >= 2.13, found torch {found}',
+            'install a newer torch, or set name = "cross_entropy"',
+        )
+
+
+def check_loss_chunks(draft: Draft) -> Iterator[Problem]:
+    """The chunked loss splits a rank's part of the sequence into equal parts."""
+    if loss_name(draft.get("loss", "name"), draft.get("nitp", "enable")) != "chunked_cross_entropy":
+        return
+    chunks, seq_len = draft.get("loss", "num_chunks"), draft.get("training", "seq_len")
+    context = draft.get("parallelism", "context_parallel_degree")
+    if chunks > 0 and context > 0 and seq_len % (chunks * context):
+        each = f"loss.num_chunks {chunks}" + (f" x context_parallel_degree {context}" if context > 1 else "")
+        yield draft.problem("training", "seq_len", f"found {seq_len}, expected a multiple of {each}")
+
+
+def loss_name(name: str, nitp: bool) -> str:
+    """Return the loss that "auto" stands for on this torch."""
+    if name != "auto":
+        return name
+    if nitp:
+        return "linear_cross_entropy"
+    # Upstream's chunked loss fails on older torch: FSDP takes the unembedding's weight away between its chunks.
+    return "chunked_cross_entropy" if machine.torch_version() >= (2, 13) else "cross_entropy"
+
+
+def check_float8(draft: Draft) -> Iterator[Problem]:
+    """Float8 comes with a later release."""
+    recipe = draft.get("float8", "recipe")
+    if recipe != "none":
+        yield draft.problem("float8", "recipe", f'found {quote(recipe)}, expected "none"', "not supported yet")
+
+
+def check_data(draft: Draft) -> Iterator[Problem]:
+    """The data set has a known name and its path matches something."""
+    yield from _check_data(draft, "dataloader")
+
+
+def check_validation_data(draft: Draft) -> Iterator[Problem]:
+    """The same of the validation data, where it is another."""
+    table = "validator.dataloader"
+    same = all(draft.get(table, key) == draft.get("dataloader", key) for key in ("dataset", "dataset_path"))
+    if not same or not draft.is_default(table, "dataset"):
+        yield from _check_data(draft, table)
+
+
+def _check_data(draft: Draft, table: str) -> Iterator[Problem]:
+    dataset, path = draft.get(table, "dataset"), draft.get(table, "dataset_path")
+    if path is not None and (dataset == "python_stdlib" or dataset.startswith("hub:")):
+        hint = 'did you mean dataset = "text"?'
+        yield draft.problem(table, "dataset_path", f"found {quote(path)}, which {quote(dataset)} does not read", hint)
+    if dataset.startswith("hub:"):
+        if not re.fullmatch(r"hub:([^\s/:]+/)?[^\s/:]+(:[^\s/:]+)?", dataset):
+            yield draft.problem(table, "dataset", f'found {quote(dataset)}, expected "hub:owner/name"')
+        return
+    if dataset not in DATASETS:
+        expected = f'expected {one_of(DATASETS)}, or "hub:owner/name"'
+        hint = did_you_mean(dataset, DATASETS)
+        if not hint and "/" in dataset:
+            hint = f'did you mean "hub:{dataset}", or dataset = "text" with dataset_path = {quote(dataset)}?'
+        yield draft.problem(table, "dataset", f"found {quote(dataset)}, {expected}", hint)
+    elif dataset == "text" and path is None:
+        yield draft.problem(
+            table, ("dataset_path", "dataset"), 'expected a file, folder or glob of text files with dataset = "text"'
+        )
+    elif dataset == "text":
+        logger = logging.getLogger("nitp_titan.data.files")
+        disabled, logger.disabled = logger.disabled, True  # its warnings are for the run
+        try:
+            find_text_files(path)
+        except ValueError as error:
+            yield draft.problem(table, ("dataset_path", "dataset"), str(error).removeprefix("dataset_path: "))
+        finally:
+            logger.disabled = disabled
+
+
+def check_vocabulary(draft: Draft) -> Iterator[Problem]:
+    """Every token has an embedding."""
+    vocabulary = draft.facts().vocab_size
+    if draft.get("tokenizer", "name") == "byte":
+        size, what = BYTE_VOCABULARY, "the byte tokenizer"
+        key, table = "name", "tokenizer"
+    else:
+        path = Path(draft.get("model", "hf_assets_path"), "tokenizer.json")
+        key, table = "hf_assets_path", "model"
+        if not path.is_file():
+            return
+        from tokenizers import Tokenizer
+
+        try:
+            size, what = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True), str(path)
+        except Exception as error:  # tokenizers raises Exception itself
+            yield draft.problem(table, key, f"{str(path)!r} is not a tokenizer: {error}")
+            return
+    if size > vocabulary:
+        yield draft.problem(
+            table, key, f"{what} has {size:,} tokens, expected at most the model's vocabulary of {vocabulary:,}"
+        )
+
+
+CHECKS = (
+    check_nitp,
+    check_loss,
+    check_loss_chunks,
+    check_float8,
+    check_data,
+    check_validation_data,
+    check_vocabulary,
+    *layout.CHECKS,
+    *rules.CHECKS,
+)
+"""Checks of what no machine could run; ``check_model`` comes before them."""
+
+
+def check_assets(draft: Draft) -> Iterator[Problem]:
+    """The tokenizer's files are there; they may be still to be downloaded when a job is checked."""
+    draft.get("model", "flavor")  # an unknown flavor's defaults, the tokenizer among them, are unknown too
+    if draft.get("tokenizer", "name") != "huggingface":
+        return
+    folder = draft.get("model", "hf_assets_path")
+    if not folder:
+        yield draft.problem(
+            "model", "hf_assets_path", "expected the folder of a tokenizer.json", 'or set tokenizer.name = "byte"'
+        )
+    elif not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
+        missing = "has no tokenizer.json" if Path(folder).is_dir() else "does not exist"
+        yield draft.problem("model", "hf_assets_path", f"found {quote(folder)}, which {missing}")
+
+
+def check_output(draft: Draft) -> Iterator[Problem]:
+    """The run's folder can be one."""
+    folder = draft.get("job", "dump_folder")
+    if not folder.strip() or Path(folder).is_file():
+        found = quote(folder) + (", which is a file" if folder.strip() else "")
+        yield draft.problem("job", "dump_folder", f"found {found}, expected a folder's name")
+
+
+MACHINE_CHECKS = (check_assets, check_output, rules.check_device)
+"""Checks of this machine: errors of a training run, warnings of ``nitp-titan check``."""

@@ -1,0 +1,92 @@
+"""nitp_titan's own defaults, where they differ from TorchTitan's or depend on the rest of the job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nitp_titan.job import machine
+from nitp_titan.job.draft import Draft, Unknown
+from nitp_titan.job.layout import Layout
+from nitp_titan.job.schema import all_tables
+
+STATIC: dict[str, dict[str, Any]] = {
+    # Upstream's default, spmd_types, needs torch >= 2.14.
+    "parallelism": {"spmd_backend": "partial_dtensor"},
+    "metrics": {"enable_tensorboard": True, "log_freq": 10},
+    # A run can be repeated; upstream draws another seed each time.
+    "debug": {"seed": 42},
+}
+"""Table -> key -> default."""
+
+
+def derive(draft: Draft) -> None:
+    """Fill in the defaults that depend on the machine, the model or other keys."""
+    draft.notes.clear()
+    for rule in (_device, _recomputation, _cuda_graphs, _experts, _last_checkpoint, _validation_data, _global_batch):
+        try:
+            rule(draft)
+        except Unknown:
+            continue
+
+
+def _device(draft: Draft) -> None:
+    gpu = machine.has_gpu()
+    draft.derive("optimizer", "implementation", "fused" if gpu else "foreach")
+    draft.derive("training", "mixed_precision_param", "bfloat16" if gpu else "float32")
+
+
+def _recomputation(draft: Draft) -> None:
+    small = draft.get("model", "flavor").startswith("debug")
+    draft.derive("activation_checkpoint", "mode", "none" if small else "selective")
+
+
+def _cuda_graphs(draft: Draft) -> None:
+    if not draft.is_default("training", "disable_cuda_graphs"):
+        return
+    reason = _why_no_cuda_graphs(draft)
+    draft.derive("training", "disable_cuda_graphs", bool(reason))
+    if reason:
+        draft.notes.append(f"CUDA graphs are off: {reason}")
+
+
+def _why_no_cuda_graphs(draft: Draft) -> str:
+    if not machine.has_gpu():
+        return "there is no CUDA device"
+    if draft.get("parallelism", "pipeline_parallel_degree") > 1:
+        return "they do not go with pipeline parallelism"
+    if draft.get("parallelism", "expert_parallel_degree") > 1 or (draft.model and draft.model.num_experts):
+        return "routing tokens to experts synchronises with the CPU"
+    if draft.get("nitp", "enable") and draft.get("nitp", "start_step") > 0:
+        return "a recorded step cannot change at nitp.start_step"
+    if draft.get("model", "attn_backend") == "varlen":
+        return "varlen attention has shapes that depend on the documents"
+    return ""
+
+
+def _experts(draft: Draft) -> None:
+    if draft.get("parallelism", "expert_parallel_degree") > 1 and not draft.facts().num_experts:
+        draft.notes.append("parallelism.expert_parallel_degree is ignored: the model has no experts")
+
+
+def _last_checkpoint(draft: Draft) -> None:
+    # A model-only checkpoint, upstream's default for the last one, cannot be resumed; Hugging Face's format is one.
+    draft.derive("checkpoint", "last_save_model_only", draft.get("checkpoint", "last_save_in_hf"))
+
+
+def _validation_data(draft: Draft) -> None:
+    table = "validator.dataloader"
+    if not draft.is_default(table, "dataset"):
+        return
+    for key in all_tables()[table]:
+        if ("dataloader", key) not in draft.bad:
+            draft.derive(table, key, draft.get("dataloader", key))
+
+
+def _global_batch(draft: Draft) -> None:
+    # Written out, so that the resolved file gives the same batches on another number of ranks.
+    if draft.get("training", "global_batch_size") == -1:
+        dp = Layout.of(draft).data_parallel
+        value = draft.get("training", "local_batch_size") * dp
+        if value > 0:
+            setting = draft.settings["training", "global_batch_size"]
+            draft.settings["training", "global_batch_size"] = type(setting)(value, "nitp_titan")

@@ -1,0 +1,139 @@
+"""What ``nitp-titan check`` prints: a job in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nitp_titan.job.check import loss_name
+from nitp_titan.job.resolve import Job
+from nitp_titan.job.schema import all_tables, describe
+
+
+def explain(job: Job) -> str:
+    """Return the job as some ten lines of text: model, NITP, data, batch, schedule, layout, output, warnings."""
+    rows = [
+        *([("job", job["job"]["description"])] if job["job"]["description"] else []),
+        ("model", _model(job)),
+        ("nitp", _nitp(job)),
+        ("data", _data(job)),
+        ("steps", _steps(job)),
+        ("optimizer", _optimizer(job)),
+        ("layout", _layout(job)),
+        ("output", _output(job)),
+        *[("note", note) for note in job.notes],
+        *[("warning", str(warning)) for warning in job.warnings],
+    ]
+    return "\n".join(f"{name:<10}{text}" for name, text in rows)
+
+
+def _model(job: Job) -> str:
+    table, model = job["model"], job.model
+    name = f"{table['module']} {table['flavor']}"
+    if model is None:
+        return name
+    parts = [f"{model.n_layers} blocks", f"width {model.dim:,}", f"vocabulary {model.vocab_size:,}"]
+    if model.n_heads:
+        parts.append(f"{model.n_heads} heads" + (f" ({model.n_kv_heads} key-value)" if model.n_kv_heads else ""))
+    if model.num_experts:
+        parts.append(f"{model.num_experts} experts, top {model.top_k}")
+    if model.params:
+        parts.append(f"{_short(model.params)} parameters")
+    return f"{name}: {', '.join(parts)}"
+
+
+def _nitp(job: Job) -> str:
+    nitp = job.nitp
+    if not nitp.enable:
+        return "off: stock TorchTitan"
+    if nitp.loss == "generic_cosine":
+        return f"generic cosine regulariser, weight {nitp.weight:g} (no target, no projector)"
+    depth = job.model.n_layers if job.model else 0
+    layer = nitp.target_layer_of(depth)
+    target = "the embeddings" if layer == 0 else f"block {layer} of {depth}"
+    which = "next token" if nitp.shift else "same position"
+    projector = "no projector"
+    if nitp.projector == "swiglu" and job.model:
+        size = 3 * nitp.projector_ratio * job.model.dim**2
+        projector = f"SwiGLU projector of {_short(size)} parameters (training only)"
+    extras = ["" if nitp.stop_gradient else "gradient into the target", f"from step {nitp.start_step}"]
+    shown = [extra for extra in extras if extra and extra != "from step 0"]
+    return ", ".join([f"{nitp.loss} to {target}", which, f"weight {nitp.weight:g}", projector, *shown])
+
+
+def _data(job: Job) -> str:
+    table = job["dataloader"]
+    source = f"{table['dataset']} {table['dataset_path'] or ''}".rstrip()
+    tokenizer = {"byte": "byte tokenizer", "huggingface": f"tokenizer of {job['model']['hf_assets_path'] or '(unset)'}"}
+    parts = [source, tokenizer[job["tokenizer"]["name"]]]
+    if job["validator"]["enable"]:
+        parts.append(f"validated on {job['validator.dataloader']['dataset']} every {job['validator']['freq']} steps")
+    return ", ".join(parts)
+
+
+def _steps(job: Job) -> str:
+    table = job["training"]
+    batch, steps = table["global_batch_size"], table["steps"]
+    micro = batch // (table["local_batch_size"] * job.layout.data_parallel)
+    tokens = batch * table["seq_len"]
+    accumulated = f" ({micro} micro-batches of {table['local_batch_size']} a rank)" if micro > 1 else ""
+    return (
+        f"{steps:,} of {batch:,} sequences x {table['seq_len']:,} = {tokens:,} tokens{accumulated}, "
+        f"{_short(tokens * steps)} tokens in all"
+    )
+
+
+def _optimizer(job: Job) -> str:
+    table, schedule = job["optimizer"], job["lr_scheduler"]
+    total = schedule["total_steps"] or job["training"]["steps"]
+    warmup = min(schedule["warmup_steps"], total)
+    ratio = schedule["decay_ratio"]
+    decay = total - warmup if ratio is None else min(round(total * ratio), total - warmup)
+    loss = loss_name(job["loss"]["name"], job["nitp"]["enable"])
+    return (
+        f"{table['name']}, learning rate {table['lr']:g}: {warmup:,} steps up, {total - warmup - decay:,} stable, "
+        f"{decay:,} down ({schedule['decay_type']}); loss {loss}"
+    )
+
+
+def _layout(job: Job) -> str:
+    parts = [str(job.layout), f"{job['training']['mixed_precision_param']} products"]
+    parts.append(f"activation checkpointing {job['activation_checkpoint']['mode']}")
+    if job["compile"]["enable"]:
+        parts.append("compiled")
+    if not job["training"]["disable_cuda_graphs"]:
+        parts.append("CUDA graphs")
+    return ", ".join(parts)
+
+
+def _output(job: Job) -> str:
+    table, folder = job["checkpoint"], job["job"]["dump_folder"]
+    if not table["enable"]:
+        return f"{folder}, no checkpoints (checkpoint.enable)"
+    kept = f"the last {table['keep_latest_k']} kept" if table["keep_latest_k"] else "all kept"
+    return f"{folder}, a checkpoint every {table['interval']:,} steps, {kept}"
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"
+
+
+def explain_keys(table: str | None = None) -> Iterator[str]:
+    """Yield the lines of ``nitp-titan check --keys``: every key of a table, or of all of them.
+
+    Raises:
+        KeyError: no such table.
+    """
+    from nitp_titan.job.defaults import STATIC
+    from nitp_titan.job.errors import quote
+
+    for name in [table] if table else all_tables():
+        yield f"[{name}]"
+        for key in all_tables()[name].values():
+            default = STATIC.get(name, {}).get(key.name, key.default)
+            yield f"  {key.name} = {quote(default)}    {describe(key.type)}"
+            if key.doc:
+                yield f"      {key.doc}"
+        yield ""

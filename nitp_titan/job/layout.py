@@ -1,0 +1,231 @@
+"""How a job is spread over the ranks, and what that asks of batch and sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nitp_titan.job import machine
+from nitp_titan.job.draft import Draft, Unknown
+from nitp_titan.job.errors import Problem
+
+DEGREES = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "context_parallel_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "expert_parallel_degree",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Degrees of parallelism of a world that they fit."""
+
+    replicate: int
+    shard: int
+    context: int
+    tensor: int
+    pipeline: int
+    expert: int
+    sequence_parallel: bool
+    world_size: int
+
+    @classmethod
+    def of(cls, draft: Draft) -> Layout:
+        """Return the layout of a job.
+
+        Raises:
+            Unknown: there is none, which :func:`check_degrees` reports.
+        """
+        values = [draft.get("parallelism", key) for key in DEGREES]
+        replicate, shard, context, tensor, pipeline, expert = values
+        others = replicate * context * tensor * pipeline
+        if min(*values[:1], *values[2:]) < 1:
+            raise Unknown
+        if shard == -1:
+            shard = draft.world_size // others
+        if shard < 1 or shard * others != draft.world_size:
+            raise Unknown
+        return cls(
+            replicate=replicate,
+            shard=shard,
+            context=context,
+            tensor=tensor,
+            pipeline=pipeline,
+            expert=expert,
+            sequence_parallel=draft.get("parallelism", "enable_sequence_parallel"),
+            world_size=draft.world_size,
+        )
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different sequences."""
+        return self.replicate * self.shard
+
+    @property
+    def sequence_divisor(self) -> int:
+        """What the sequence length must be a multiple of."""
+        tensor = self.tensor if self.sequence_parallel else 1
+        return tensor * (2 * self.context if self.context > 1 else 1)
+
+    def __str__(self) -> str:
+        parts = [
+            ("replicated", self.replicate),
+            ("sharded (FSDP)", self.shard),
+            ("context", self.context),
+            ("tensor", self.tensor),
+            ("pipeline", self.pipeline),
+            ("expert", self.expert),
+        ]
+        shown = ", ".join(f"{name} {degree}" for name, degree in parts if degree > 1)
+        ranks = f"{self.world_size} rank" + "s" * (self.world_size > 1)
+        return f"{ranks}: {shown}" if shown else ranks
+
+
+def check_degrees(draft: Draft) -> Iterator[Problem]:
+    """Degrees are whole and multiply to the world size."""
+    values = {key: draft.get("parallelism", key) for key in DEGREES}
+    wrong = False
+    for key, value in values.items():
+        if value < 1 and not (key == "data_parallel_shard_degree" and value == -1):
+            wrong = True
+            rest = " (or -1: all ranks that are left)" if key == "data_parallel_shard_degree" else ""
+            yield draft.problem("parallelism", key, f"found {value}, expected at least 1{rest}")
+    if wrong:
+        return
+    world = draft.world_size
+    expert = values.pop("expert_parallel_degree")
+    shard = values["data_parallel_shard_degree"]
+    given = {key: value for key, value in values.items() if value != -1}
+    product = math.prod(given.values())
+    fits = product == world if shard != -1 else world % product == 0
+    if not fits:
+        said = [key for key, value in given.items() if value != 1 or not draft.is_default("parallelism", key)]
+        keys = said or list(given)
+        named = " x ".join(f"{key} {given[key]}" for key in keys)
+        expected = f"the world size {world}" if shard != -1 else f"a divisor of the world size {world}"
+        found = f"{named} = {product}" if len(keys) > 1 else f"{product}"
+        yield draft.problem(
+            "parallelism",
+            keys,
+            f"found {found}, expected {expected}",
+            "the world size is --ngpu of nitp-titan check, NGPU of run_train.sh",
+        )
+        return
+    shard = world // product if shard == -1 else shard
+    ranks = shard * values["context_parallel_degree"] * values["tensor_parallel_degree"]
+    if ranks % expert:
+        yield draft.problem(
+            "parallelism",
+            "expert_parallel_degree",
+            f"found {expert}, expected a divisor of data_parallel_shard x context x tensor = {ranks}",
+        )
+
+
+def check_support(draft: Draft) -> Iterator[Problem]:
+    """Parallelisms that this release, or the installed torch, cannot do."""
+    torch = machine.torch_version()
+    found = f"found torch {torch[0]}.{torch[1]}"
+    if draft.get("parallelism", "expert_parallel_degree") > 1 and torch < (2, 13):
+        yield draft.problem(
+            "parallelism",
+            "expert_parallel_degree",
+            f"expert parallelism needs torch >= 2.13, {found}",
+            "install a newer torch, or set expert_parallel_degree = 1",
+        )
+    if draft.get("parallelism", "spmd_backend") == "spmd_types" and torch < (2, 14):
+        yield draft.problem(
+            "parallelism",
+            "spmd_backend",
+            f'"spmd_types" needs torch >= 2.14, {found}',
+            'install a newer torch, or set spmd_backend = "partial_dtensor"',
+        )
+    pipeline = draft.get("parallelism", "pipeline_parallel_degree")
+    if draft.get("nitp", "enable"):
+        for key, name in (("pipeline_parallel_degree", "pipeline"), ("context_parallel_degree", "context")):
+            if draft.get("parallelism", key) > 1:
+                yield draft.problem(
+                    "parallelism",
+                    key,
+                    f"{name} parallelism is not supported yet with NITP in this version",
+                    f"set {key} = 1, or nitp.enable = false",
+                )
+    elif pipeline > 1 and torch < (2, 14):
+        yield draft.problem(
+            "parallelism",
+            "pipeline_parallel_degree",
+            f"pipeline parallelism in torchtitan 0.3 needs torch >= 2.14, {found}",
+            "install a newer torch, or set pipeline_parallel_degree = 1",
+        )
+
+
+def check_heads_and_experts(draft: Draft) -> Iterator[Problem]:
+    """Tensor parallelism splits the heads, expert parallelism the experts."""
+    model = draft.facts()
+    tensor = draft.get("parallelism", "tensor_parallel_degree")
+    expert = draft.get("parallelism", "expert_parallel_degree")
+    for name, heads in (("heads", model.n_heads), ("key-value heads", model.n_kv_heads)):
+        if heads and tensor > 1 and heads % tensor:
+            yield draft.problem(
+                "parallelism",
+                "tensor_parallel_degree",
+                f"found {tensor}, expected a divisor of the model's {heads} {name}",
+            )
+            break
+    if model.num_experts and expert > 1 and model.num_experts % expert:
+        yield draft.problem(
+            "parallelism",
+            "expert_parallel_degree",
+            f"found {expert}, expected a divisor of the model's {model.num_experts} experts",
+        )
+
+
+def check_sequence(draft: Draft) -> Iterator[Problem]:
+    """The sequence length fits the model and splits over ranks."""
+    seq_len = draft.get("training", "seq_len")
+    longest = draft.model.max_seq_len if draft.model else None
+    if longest and seq_len > longest:
+        yield draft.problem("training", "seq_len", f"found {seq_len}, expected at most the model's {longest}")
+    layout = Layout.of(draft)
+    if seq_len % layout.sequence_divisor:
+        divisor = layout.sequence_divisor
+        yield draft.problem(
+            "training",
+            "seq_len",
+            f"found {seq_len}, expected a multiple of {divisor} (tensor {layout.tensor}, context {layout.context})",
+            _neighbours(seq_len, divisor),
+        )
+
+
+def check_batch(draft: Draft) -> Iterator[Problem]:
+    """The global batch splits over ranks and micro-batches, the data streams over ranks."""
+    layout = Layout.of(draft)
+    local, total = draft.get("training", "local_batch_size"), draft.get("training", "global_batch_size")
+    ranks = layout.data_parallel
+    if local > 0 and total > 0 and total % (local * ranks):
+        yield draft.problem(
+            "training",
+            ("global_batch_size", "local_batch_size"),
+            f"found a global_batch_size of {total}, expected a multiple of "
+            f"local_batch_size {local} x data-parallel degree {ranks} = {local * ranks}",
+            _neighbours(total, local * ranks),
+        )
+    # One pass through the data is one stream, which every rank draws.
+    endless = {"dataloader": draft.get("dataloader", "infinite")}
+    endless["validator.dataloader"] = draft.get("validator", "enable") and draft.get("validator", "steps") != -1
+    for table in [table for table, streams_used in endless.items() if streams_used]:
+        streams = draft.get(table, "num_streams")
+        if streams > 0 and streams % ranks:
+            message = f"found {streams}, expected a multiple of the data-parallel degree {ranks}"
+            yield draft.problem(table, "num_streams", message, _neighbours(streams, ranks))
+
+
+def _neighbours(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return f"the nearest are {below} and {below + divisor}" if below else f"the smallest is {divisor}"
+
+
+CHECKS = (check_degrees, check_support, check_heads_and_experts, check_sequence, check_batch)

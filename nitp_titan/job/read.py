@@ -1,0 +1,280 @@
+"""The two layers that a user writes: a TOML file and the command line. All problems are collected."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from nitp_titan.job.draft import Layer, Setting
+from nitp_titan.job.errors import COMMAND_LINE, Problem, did_you_mean, nearest, quote
+from nitp_titan.job.schema import Key, all_tables, choices, describe, from_toml, from_words, is_list
+
+Bad = set[tuple[str, str]]
+
+
+def read_file(path: str | Path) -> tuple[Layer, Bad, list[Problem]]:
+    """Read a job file.
+
+    Returns:
+        Its settings, the keys whose value is wrong, and everything that is wrong with it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, set(), [Problem(str(path), "", "no such file", _nearest_file(path))]
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        return {}, set(), [Problem(str(path), "", "not UTF-8 text, which TOML is", line=line)]
+    except OSError as error:
+        return {}, set(), [Problem(str(path), "", f"cannot be read: {error.strerror}")]
+    try:
+        document = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        message = re.sub(r" \(at .*\)$", "", error.msg)
+        where = f" (column {error.colno})" if getattr(error, "colno", None) else ""
+        return {}, set(), [Problem(str(path), "", f"TOML syntax error: {message}{where}", line=error.lineno)]
+    except RecursionError as error:
+        return {}, set(), [Problem(str(path), "", str(error))]
+    reader = _Reader(str(path), _lines_of_keys(text))
+    reader.document(document)
+    return reader.layer, reader.bad, reader.problems
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {str(folder)!r} either"
+    names = sorted(p.name for p in folder.glob("*.toml"))
+    match = nearest(path.name, names) or (nearest(path.name + ".toml", names) if not path.suffix else "")
+    if match:
+        return f'did you mean "{folder / match}"?'
+    return f"{str(folder)!r} has {', '.join(names)}" if names else f"{str(folder)!r} has no .toml file"
+
+
+class _Reader:
+    """Checks a document against the tables."""
+
+    def __init__(self, file: str, lines: dict[tuple[str, ...], int]) -> None:
+        self.file, self.lines = file, lines
+        self.layer: Layer = {}
+        self.bad: Bad = set()
+        self.problems: list[Problem] = []
+
+    def document(self, document: dict[str, Any]) -> None:
+        for name, value in document.items():
+            if name in all_tables():
+                self.table(name, value)
+            elif isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                self.report((name,), f"[{name}]", "unknown table", did_you_mean(name, all_tables()))
+            else:
+                self.report((name,), name, "a key outside of any table", _elsewhere(name))
+
+    def table(self, table: str, value: Any) -> None:
+        path = tuple(table.split("."))
+        if not isinstance(value, dict):
+            twice = isinstance(value, list) and value and isinstance(value[0], dict)
+            found = f"[[{table}]], a list of tables" if twice else quote(value)
+            self.report(path, f"[{table}]", f"found {found}, expected a table")
+            return
+        keys = all_tables()[table]
+        for name, item in value.items():
+            if f"{table}.{name}" in all_tables():
+                self.table(f"{table}.{name}", item)
+            elif name in keys:
+                self.key(keys[name], item)
+            else:
+                self.report((*path, name), f"[{table}] {name}", "unknown key", _nearest_key(table, name))
+
+    def key(self, key: Key, value: Any) -> None:
+        path = (*key.table.split("."), key.name)
+        try:
+            read = from_toml(key, value)
+        except (ValueError, TypeError):
+            self.bad.add((key.table, key.name))
+            self.report(path, f"[{key.table}] {key.name}", *_mismatch(key, value, quote(value)))
+        else:
+            self.layer[key.table, key.name] = Setting(read, "file", self.file, self.line(path))
+
+    def report(self, path: tuple[str, ...], key: str, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(self.file, key, message, hint, self.line(path)))
+
+    def line(self, path: tuple[str, ...]) -> int | None:
+        """Return the line of a key, or of the table that holds it."""
+        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+
+
+def _mismatch(key: Key, value: Any, found: str) -> tuple[str, str]:
+    kind = {bool: "", int: "", float: "", str: "", list: "", dict: ""}.get(type(value), f" (a {type(value).__name__})")
+    message = f"found {found}{kind}, expected {describe(key.type)}"
+    if key.optional and '"none"' not in message:
+        message += ' or "none"'
+    texts = [choice for choice in choices(key.type) if isinstance(choice, str)]
+    return message, did_you_mean(value, texts) if isinstance(value, str) and len(texts) > 1 else ""
+
+
+def _nearest_key(table: str, name: str) -> str:
+    here = [*all_tables()[table], *(t.rpartition(".")[2] for t in all_tables() if t.startswith(f"{table}."))]
+    return did_you_mean(name, here) or _elsewhere(name)
+
+
+def _elsewhere(name: str) -> str:
+    """Return a hint to the tables that have such a key."""
+    owners = [table for table, keys in all_tables().items() if name in keys]
+    if owners:
+        return "it belongs to " + " or ".join(f"[{table}]" for table in owners)
+    names = dict.fromkeys(key for keys in all_tables().values() for key in keys)
+    match = nearest(name, names)
+    owner = next((table for table, keys in all_tables().items() if match in keys), "")
+    return f'did you mean "{match}" of [{owner}]?' if match else ""
+
+
+_TRIPLE = re.compile(r'"""|\'\'\'')
+_KEY_PART = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_KEY = rf"{_KEY_PART}(?:\s*\.\s*{_KEY_PART})*"
+_HEADER_LINE = re.compile(rf"\s*\[\[?\s*({_KEY})\s*\]")
+_KEY_LINE = re.compile(rf"\s*({_KEY})\s*=")
+
+
+def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
+    """Return path of a key or table -> its line; tomli reads values only.
+
+    A line-by-line scan of a text that tomli has accepted: it may miss keys inside inline tables, whose line is then
+    their table's.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    closing = ""  # the quotes that end the multi-line string that the scan is in
+    for number, line in enumerate(text.splitlines(), start=1):
+        rest = line
+        if closing:
+            if closing not in line:
+                continue
+            rest, closing = line.partition(closing)[2], ""
+        elif match := _HEADER_LINE.match(line):
+            table = _parts(match[1])
+            lines.setdefault(table, number)
+        elif match := _KEY_LINE.match(line):
+            path = table + _parts(match[1])
+            for n in range(len(table) + 1, len(path) + 1):
+                lines.setdefault(path[:n], number)
+        while match := _TRIPLE.search(rest):
+            rest = rest[match.end() :]
+            if match[0] not in rest:
+                closing = match[0]
+                break
+            rest = rest.partition(match[0])[2]
+    return lines
+
+
+def _parts(key: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in re.findall(_KEY_PART, key))
+
+
+def split_command_line(words: list[str]) -> tuple[list[str], list[str]]:
+    """Tell ``--table.key value`` options from other arguments.
+
+    Returns:
+        The options' words, and the others' in their order.
+    """
+    options: list[str] = []
+    others: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if not re.match(r"--[A-Za-z_][\w-]*\.", word):
+            others.append(word)
+            continue
+        options.append(word)
+        key, _ = _find_key(word.removeprefix("--").partition("=")[0])
+        if "=" in word:
+            continue
+        limit = len(words) if key is None or is_list(key.type) else 1
+        while limit and position < len(words) and not words[position].startswith("--"):
+            if key is not None and key.type is bool and words[position].lower() not in ("true", "false"):
+                break
+            options.append(words[position])
+            position, limit = position + 1, limit - 1
+    return options, others
+
+
+def read_command_line(words: list[str]) -> tuple[Layer, Bad, list[Problem]]:
+    """Read ``--table.key value`` options: ``--table.key=value``, ``--table.flag``, ``--table.no-flag``, lists as
+    several words or with commas. The last of several for one key counts.
+
+    Returns:
+        Their settings, the keys whose value is wrong, and everything that is wrong with them.
+    """
+    layer: Layer = {}
+    bad: Bad = set()
+    problems: list[Problem] = []
+    for option, values in _options(words):
+        if not option.startswith("--"):
+            problems.append(Problem(COMMAND_LINE, quote(option), "found a word without an option before it"))
+            continue
+        key, negated = _find_key(option.removeprefix("--"))
+        if key is None:
+            problems.append(_unknown_option(option))
+            continue
+        try:
+            if negated or (key.type is bool and not values):
+                if values:
+                    raise ValueError
+                value: Any = not negated
+            elif not values:
+                problems.append(Problem(COMMAND_LINE, option, f"no value, expected {describe(key.type)}"))
+                continue
+            else:
+                value = from_words(key, values)
+        except (ValueError, TypeError):
+            found = quote(" ".join(values))
+            bad.add((key.table, key.name))
+            expected = ("found " + found + ", expected no value", "") if negated else _mismatch(key, values[0], found)
+            problems.append(Problem(COMMAND_LINE, option, *expected))
+        else:
+            bad.discard((key.table, key.name))
+            layer[key.table, key.name] = Setting(value, "command line")
+    return layer, bad, problems
+
+
+def _options(words: list[str]) -> list[tuple[str, list[str]]]:
+    """Group the words into (option, values)."""
+    options: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            options.append((name, [value] if equals else []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            options.append((word, []))
+    return options
+
+
+def _find_key(name: str) -> tuple[Key | None, bool]:
+    """Return the key of ``table.key`` or ``table.no-key``, and whether it is the latter."""
+    table, _, key_name = name.replace("-", "_").rpartition(".")
+    keys = all_tables().get(table, {})
+    if key_name in keys:
+        return keys[key_name], False
+    flag = keys.get(key_name.removeprefix("no_"))
+    return (flag, True) if flag is not None and flag.type is bool and key_name.startswith("no_") else (None, False)
+
+
+def _unknown_option(option: str) -> Problem:
+    table, dot, name = option.removeprefix("--").replace("-", "_").rpartition(".")
+    if not dot:
+        owners = [f'"--{t}.{name}"' for t, keys in all_tables().items() if name in keys]
+        hint = "did you mean " + " or ".join(owners) + "?" if owners else ""
+        return Problem(COMMAND_LINE, option, "unknown option, expected --table.key", hint)
+    if table not in all_tables():
+        match = nearest(table, all_tables())
+        hint = f'did you mean "--{match}.{name}"?' if match else ""
+        return Problem(COMMAND_LINE, option, f"unknown table {quote(table)}", hint)
+    match = nearest(name, all_tables()[table])
+    hint = f'did you mean "--{table}.{match}"?' if match else _elsewhere(name)
+    return Problem(COMMAND_LINE, option, f"unknown key of [{table}]", hint)

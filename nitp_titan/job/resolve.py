@@ -1,0 +1,169 @@
+"""From the layers to a job: command line over file over flavor over nitp_titan's defaults over TorchTitan's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from nitp_titan.job import defaults
+from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model
+from nitp_titan.job.draft import Draft, Layer, Setting, run_checks
+from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.job.layout import Layout
+from nitp_titan.job.models import OURS, ModelFacts, facts
+from nitp_titan.job.read import read_command_line, read_file
+from nitp_titan.job.schema import all_tables, from_toml
+from nitp_titan.models.flavors import FLAVORS
+from nitp_titan.nitp_config import NITPConfig
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job that has passed every check. ``job["training"]["steps"]`` reads a value."""
+
+    file: str
+    """Path of the job file, as it was given."""
+    tables: Mapping[str, Table]
+    """Table -> key -> value, defaults included; a nested table is ``"validator.dataloader"``."""
+    sources: Mapping[str, Mapping[str, str]]
+    """Table -> key -> "command line", "file", "flavor", "nitp_titan" or "upstream"."""
+    overrides: tuple[str, ...]
+    """The command line's words."""
+    layout: Layout
+    model: ModelFacts | None
+    """None for a model that only an import can tell of, while it has not been imported."""
+    notes: tuple[str, ...]
+    """What was decided for the user, one line each."""
+    warnings: tuple[Problem, ...]
+
+    def __getitem__(self, table: str) -> Table:
+        return self.tables[table]
+
+    @property
+    def nitp(self) -> NITPConfig:
+        """The ``[nitp]`` table."""
+        return NITPConfig(**self.tables["nitp"])
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
+
+
+def resolve(
+    file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False
+) -> tuple[Draft, list[Problem]]:
+    """Merge the layers and check the result as far as that goes without importing the model.
+
+    Args:
+        file: the job file; None for the defaults and the command line alone.
+        overrides: ``--table.key value`` words.
+        world_size: ranks of the run.
+        for_training: also check what the run needs of this machine.
+
+    Returns:
+        The draft, and everything that is wrong with it.
+    """
+    from_file, bad, problems = read_file(file) if file is not None else ({}, set(), [])
+    if file is not None and problems and not from_file and not bad and not Path(file).is_file():
+        # No file: what the command line would have changed in it cannot be judged.
+        return Draft(str(file), world_size), problems
+    from_words, bad_words, word_problems = read_command_line(overrides)
+    problems += word_problems
+    draft = Draft(str(file) if file is not None else "defaults", world_size)
+    draft.bad = (bad - from_words.keys()) | bad_words
+    for layer in (_defaults(), from_file, from_words):
+        draft.settings.update(layer)
+    flavor_layer = _flavor_layer(draft)
+    draft.settings.update({key: s for key, s in flavor_layer.items() if draft.is_default(*key)})
+    if unknown := list(run_checks(draft, [check_model])):
+        # What the flavor would have set is as unknown as the flavor.
+        draft.bad |= {("model", "module"), ("model", "flavor")}
+        draft.bad |= {key for key in _keys_of_flavors() if draft.is_default(*key)}
+    problems += unknown
+    draft.model = _facts(draft)
+    defaults.derive(draft)
+    problems += run_checks(draft, CHECKS)
+    if for_training:
+        problems += run_checks(draft, MACHINE_CHECKS)
+    return draft, problems
+
+
+def _defaults() -> Layer:
+    layer = {}
+    for table, keys in all_tables().items():
+        for name, key in keys.items():
+            layer[table, name] = Setting(key.default, key.source)
+    for table, values in defaults.STATIC.items():
+        for name, value in values.items():
+            layer[table, name] = Setting(value, "nitp_titan")
+    return layer
+
+
+def _flavor_layer(draft: Draft) -> Layer:
+    module, flavor = (draft.settings["model", key].value for key in ("module", "flavor"))
+    if module != OURS or flavor not in FLAVORS:
+        return {}
+    return {
+        (table, name): Setting(from_toml(all_tables()[table][name], value), "flavor")
+        for table, values in FLAVORS[flavor].job_defaults.items()
+        for name, value in values.items()
+    }
+
+
+def _keys_of_flavors() -> set[tuple[str, str]]:
+    defaults_of = [flavor.job_defaults for flavor in FLAVORS.values()]
+    return {(table, key) for tables in defaults_of for table, keys in tables.items() for key in keys}
+
+
+def _facts(draft: Draft) -> ModelFacts | None:
+    if draft.bad & {("model", "module"), ("model", "flavor")}:
+        return None
+    return facts(draft.get("model", "module"), draft.get("model", "flavor"))
+
+
+def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False) -> Job:
+    """Read, merge and check a job. Torch is imported only for a model that is neither ours nor in the snapshot.
+
+    Args:
+        file: the job file; None for the defaults and the command line alone.
+        overrides: ``--table.key value`` words of the command line.
+        world_size: ranks of the run.
+        for_training: missing assets and a missing GPU are errors, otherwise ``Job.warnings``.
+
+    Raises:
+        JobError: with every problem that was found.
+    """
+    draft, problems = resolve(file, overrides, world_size, for_training=for_training)
+    if problems:
+        raise JobError(problems)
+    if draft.model is None:
+        from nitp_titan.job.build import import_facts
+
+        draft.model = import_facts(draft)
+        defaults.derive(draft)
+        if problems := list(run_checks(draft, CHECKS)):
+            raise JobError(problems)
+    warnings = list(run_checks(draft, MACHINE_CHECKS)) if not for_training else []
+    return Job(
+        file=draft.file,
+        tables=_by_table(draft, "value"),
+        sources=_by_table(draft, "source"),
+        overrides=tuple(overrides),
+        layout=Layout.of(draft),
+        model=draft.model,
+        notes=tuple(draft.notes),
+        warnings=tuple(warnings),
+    )
+
+
+def _by_table(draft: Draft, attribute: str) -> Mapping[str, Mapping[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {table: {} for table in all_tables()}
+    for (table, key), setting in draft.settings.items():
+        tables[table][key] = getattr(setting, attribute)
+    return MappingProxyType({table: MappingProxyType(values) for table, values in tables.items()})

@@ -1,0 +1,195 @@
+"""Values that TorchTitan refuses in a ``__post_init__``, or fails on later; said here without importing it.
+
+A test builds TorchTitan's configurations with the same values and sees it refuse them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from nitp_titan.job import machine
+from nitp_titan.job.draft import Draft
+from nitp_titan.job.errors import Problem
+
+_INF = math.inf
+
+# table.key -> (lowest, highest) value
+RANGES: dict[str, tuple[float, float]] = {
+    "training.local_batch_size": (1, _INF),
+    "training.seq_len": (1, _INF),
+    "training.steps": (1, _INF),
+    "training.max_norm": (0, _INF),
+    "training.gc_freq": (1, _INF),
+    "optimizer.lr": (0, _INF),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.eps": (0, _INF),
+    "optimizer.weight_decay": (0, _INF),
+    "lr_scheduler.warmup_steps": (0, _INF),
+    "lr_scheduler.total_steps": (1, _INF),
+    "lr_scheduler.decay_ratio": (0, 1),
+    "lr_scheduler.min_lr_factor": (0, 1),
+    "loss.chunk_tokens": (1, _INF),
+    "loss.num_chunks": (1, _INF),
+    "activation_checkpoint.memory_budget": (0, 1),
+    "metrics.log_freq": (1, _INF),
+    "validator.freq": (1, _INF),
+    "checkpoint.interval": (1, _INF),
+    "checkpoint.keep_latest_k": (0, _INF),
+    "checkpoint.load_step": (-1, _INF),
+    "parallelism.pipeline_parallel_microbatch_size": (1, _INF),
+    "profiler.profile_freq": (1, _INF),
+    "debug.seed": (-(2**63), 2**64 - 1),
+    "comm.init_timeout_seconds": (1, _INF),
+    "comm.train_timeout_seconds": (1, _INF),
+    **{
+        f"{table}.{key}": (lowest, _INF)
+        for table in ("dataloader", "validator.dataloader")
+        for key, lowest in (("seed", 0), ("num_streams", 1), ("shuffle_buffer", 0), ("prefetch", 0))
+    },
+}
+
+
+def check_ranges(draft: Draft) -> Iterator[Problem]:
+    """Numbers that somebody has set are finite and within their range."""
+    for table, key in draft.settings:
+        lowest, highest = RANGES.get(f"{table}.{key}", (-_INF, _INF))
+        if (table, key) in draft.bad or draft.is_default(table, key) or table == "nitp":
+            continue
+        value = draft.settings[table, key].value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or not lowest <= value <= highest:
+            bounds = f"{lowest:g}..{highest:g}" if highest < _INF else f"at least {lowest:g}"
+            expected = bounds if lowest > -_INF else "a finite number"
+            yield draft.problem(table, key, f"found {value}, expected {expected}")
+
+
+def check_training(draft: Draft) -> Iterator[Problem]:
+    """Rules of Trainer.Config on ``[training]`` and ``[debug]``."""
+    total = draft.get("training", "global_batch_size")
+    if total < -1 or total == 0:
+        expected = "at least 1, or -1 (local_batch_size x data-parallel degree)"
+        yield draft.problem("training", "global_batch_size", f"found {total}, expected {expected}")
+    if draft.get("debug", "batch_invariant"):
+        yield draft.problem("debug", "batch_invariant", "found true, expected false: not supported in pre-training")
+    if draft.get("debug", "spmd_typechecking") and draft.get("parallelism", "spmd_backend") == "spmd_types":
+        if draft.get("parallelism", "pipeline_parallel_degree") > 1:
+            yield draft.problem("debug", "spmd_typechecking", "type checking does not go with pipeline parallelism")
+        flex = draft.get("model", "attn_backend").startswith("flex")
+        if flex and draft.get("activation_checkpoint", "mode") == "selective":
+            yield draft.problem(
+                "debug",
+                "spmd_typechecking",
+                "type checking does not go with selective activation checkpointing and flex attention",
+                'set activation_checkpoint.mode = "full" or "none"',
+            )
+
+
+def check_pipeline(draft: Draft) -> Iterator[Problem]:
+    """A local batch is split into whole pipeline micro-batches."""
+    local = draft.get("training", "local_batch_size")
+    micro = draft.get("parallelism", "pipeline_parallel_microbatch_size")
+    if draft.get("parallelism", "pipeline_parallel_degree") > 1:
+        if micro > 0 and local % micro:
+            yield draft.problem(
+                "parallelism",
+                "pipeline_parallel_microbatch_size",
+                f"found {micro}, expected a divisor of training.local_batch_size {local}",
+            )
+        if not draft.get("training", "disable_cuda_graphs"):
+            yield draft.problem(
+                "training", "disable_cuda_graphs", "found false, expected true: CUDA graphs and pipelines do not mix"
+            )
+        if draft.facts().tied:
+            yield draft.problem(
+                "parallelism", "pipeline_parallel_degree", "a model with tied embeddings cannot be pipelined"
+            )
+
+
+def check_parallelism(draft: Draft) -> Iterator[Problem]:
+    """Rules of ParallelismConfig."""
+    if draft.get("parallelism", "context_parallel_load_balancer") == "":
+        yield draft.problem(
+            "parallelism", "context_parallel_load_balancer", 'found "", expected "headtail", "ptrr" or "none"'
+        )
+
+
+def check_compile(draft: Draft) -> Iterator[Problem]:
+    """What needs a compiled model."""
+    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
+    needs = 'needs compile.enable = true and "model" in compile.components'
+    if draft.get("compile", "enable_async_tensor_parallel") and not compiled:
+        yield draft.problem("compile", "enable_async_tensor_parallel", needs)
+    if draft.get("activation_checkpoint", "mode") == "memory_budget" and not compiled:
+        yield draft.problem("activation_checkpoint", "mode", f'"memory_budget" {needs}')
+
+
+def check_checkpoint(draft: Draft) -> Iterator[Problem]:
+    """Rules of CheckpointManager.Config."""
+
+    def value(key: str):
+        return draft.get("checkpoint", key)
+
+    if not value("folder").strip():
+        yield draft.problem("checkpoint", "folder", f'found "{value("folder")}", expected a folder name')
+    if value("keep_latest_k") == 1:
+        expected = "0 (all) or at least 2: the latest may be half written"
+        yield draft.problem("checkpoint", "keep_latest_k", f"found 1, expected {expected}")
+    if "model" in value("exclude_from_loading"):
+        yield draft.problem("checkpoint", "exclude_from_loading", 'found "model", which is always loaded')
+    path = (value("initial_load_path") or "").strip()
+    if path and not path.startswith("/") and "://" not in path:
+        yield draft.problem(
+            "checkpoint", "initial_load_path", f'found "{path}", expected an absolute path or a URI such as gs://...'
+        )
+    for key, needed in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
+        if value(key) and not value(needed):
+            yield draft.problem("checkpoint", key, f"found true, which needs {needed} = true")
+    if value("initial_load_in_hf_quantized") and not (value("initial_load_in_hf") and path):
+        yield draft.problem(
+            "checkpoint", "initial_load_in_hf_quantized", "needs initial_load_in_hf = true and an initial_load_path"
+        )
+    for key, location in (("last_save_in_hf", value("folder")), ("initial_load_in_hf", path)):
+        if value(key) and "://" in location:
+            yield draft.problem("checkpoint", key, f"found true, which does not go with the remote path {location}")
+
+
+def check_validator(draft: Draft) -> Iterator[Problem]:
+    """Rules of Validator.Config."""
+    steps = draft.get("validator", "steps")
+    if steps != -1 and steps < 1:
+        yield draft.problem("validator", "steps", f"found {steps}, expected at least 1, or -1 (all data)")
+
+
+CHECKS = (
+    check_ranges,
+    check_training,
+    check_pipeline,
+    check_parallelism,
+    check_compile,
+    check_checkpoint,
+    check_validator,
+)
+
+
+def check_device(draft: Draft) -> Iterator[Problem]:
+    """What needs a GPU; a job may be checked on a machine without one."""
+    if machine.has_gpu():
+        return
+    needs = [
+        ("training", "disable_cuda_graphs", not draft.get("training", "disable_cuda_graphs"), "true: CUDA graphs"),
+        ("model", "attn_backend", draft.get("model", "attn_backend") == "varlen", '"flex": varlen attention'),
+        (
+            "optimizer",
+            "implementation",
+            draft.get("optimizer", "implementation") == "fused_opt_states_bf16",
+            '"foreach": bf16 optimizer states',
+        ),
+        ("parallelism", "enable_fsdp_symm_mem", draft.get("parallelism", "enable_fsdp_symm_mem"), "false: it"),
+    ]
+    for table, key, wrong, what in needs:
+        if wrong:
+            needing = f"{what} need a GPU" if not what.endswith(("it", "attention")) else f"{what} needs a GPU"
+            yield draft.problem(table, key, f"found no GPU, expected {needing}")

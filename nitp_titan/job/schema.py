@@ -1,0 +1,223 @@
+"""One lookup for every table of a job file: keys, types, defaults, what they mean; and the check of one value."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from nitp_titan.job import tables
+from nitp_titan.nitp_config import NITPConfig
+
+UPSTREAM_SCHEMA = Path(__file__).with_name("upstream_schema.json")
+
+OUR_TABLES: dict[str, type] = {
+    "job": tables.JobTable,
+    "model": tables.ModelTable,
+    "nitp": NITPConfig,
+    "float8": tables.Float8Table,
+    "tokenizer": tables.TokenizerTable,
+    "dataloader": tables.DataloaderTable,
+    "optimizer": tables.OptimizerTable,
+    "loss": tables.LossTable,
+    "activation_checkpoint": tables.ActivationCheckpointTable,
+    "validator.dataloader": tables.DataloaderTable,
+}
+"""Table -> the dataclass that defines it."""
+
+# The order of a resolved file; a table of a later TorchTitan that is not here comes last.
+_ORDER = ["job", "model", "nitp", "float8", "tokenizer", "dataloader", "training", "optimizer", "lr_scheduler", "loss"]
+_ORDER += ["parallelism", "activation_checkpoint", "compile", "checkpoint", "metrics", "validator"]
+_ORDER += ["validator.dataloader", "profiler", "comm", "debug", "override"]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of one table."""
+
+    table: str
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    source: Literal["nitp_titan", "upstream"]
+
+    @property
+    def optional(self) -> bool:
+        """Whether ``"none"`` unsets it."""
+        return type(None) in typing.get_args(self.type)
+
+
+@functools.cache
+def upstream() -> dict[str, Any]:
+    """Return the snapshot of TorchTitan's tables and models that ``nitp_titan.job.snapshot`` writes."""
+    return json.loads(UPSTREAM_SCHEMA.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def all_tables() -> dict[str, dict[str, Key]]:
+    """Return table -> key name -> key, in the order of a resolved file."""
+    found: dict[str, dict[str, Key]] = {}
+    for table, keys in upstream()["tables"].items():
+        found[table] = {
+            name: Key(table, name, parse_type(key["type"]), key["default"], key["doc"], "upstream")
+            for name, key in keys.items()
+        }
+    for table, cls in OUR_TABLES.items():
+        found[table] = _keys_of(table, cls)
+    order = {table: place for place, table in enumerate(_ORDER)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _keys_of(table: str, cls: type) -> dict[str, Key]:
+    hints, docs = typing.get_type_hints(cls), docstrings(cls)
+    return {
+        field.name: Key(table, field.name, hints[field.name], default_of(field), docs.get(field.name, ""), "nitp_titan")
+        for field in dataclasses.fields(cls)
+    }
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default value of a dataclass field that has one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """Return field -> the first paragraph under it in the source of ``cls`` and its bases, in one line."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        definition = ast.parse(_dedent(inspect.getsource(base))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                paragraph = inspect.cleandoc(str(following.value.value)).split("\n\n")[0]
+                docs[statement.target.id] = " ".join(paragraph.split())
+    return docs
+
+
+def _dedent(source: str) -> str:
+    indent = len(source) - len(source.lstrip())
+    return "\n".join(line[indent:] if not line[:indent].strip() else line for line in source.splitlines())
+
+
+def parse_type(expression: str) -> Any:
+    """Return the type that a snapshot's expression stands for."""
+    return eval(expression, {"Any": Any, "Literal": Literal, "NoneType": type(None)})
+
+
+def render_type(tp: Any) -> str:
+    """Return an expression that :func:`parse_type` turns back into ``tp``."""
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if tp is type(None):
+        return "None"
+    if origin in (Union, types.UnionType):
+        return " | ".join(render_type(arg) for arg in args)
+    if origin is Literal:
+        return f"Literal[{', '.join(repr(arg) for arg in args)}]"
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(render_type(arg) for arg in args)}]"
+    return "Any" if tp is Any else tp.__name__
+
+
+def choices(tp: Any) -> list[Any]:
+    """Return the values that a Literal admits (also an optional one); empty for every other type."""
+    if typing.get_origin(tp) is Literal:
+        return list(typing.get_args(tp))
+    return [value for arg in typing.get_args(tp) for value in choices(arg)] if _is_union(tp) else []
+
+
+def is_list(tp: Any) -> bool:
+    """Whether a command-line option of this type takes several words."""
+    return typing.get_origin(tp) is list or (_is_union(tp) and any(is_list(arg) for arg in typing.get_args(tp)))
+
+
+def _items(word: str) -> list[Any]:
+    """Split at commas; ``target={"key": value}`` (of override.imports) is one item, as upstream has it."""
+    target, equals, options = word.partition("=")
+    if equals and options.startswith("{"):
+        return [[target, json.loads(options)]]
+    return [item.strip() for item in word.split(",") if item.strip()]
+
+
+def _is_union(tp: Any) -> bool:
+    return typing.get_origin(tp) in (Union, types.UnionType)
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+
+
+def describe(tp: Any) -> str:
+    """Return a type as a phrase for "expected ..."."""
+    from nitp_titan.job.errors import one_of, quote
+
+    if literal := choices(tp):
+        return one_of(literal) if len(literal) > 1 else quote(literal[0])
+    if _is_union(tp):
+        args = typing.get_args(tp)
+        names = [describe(arg) for arg in args if arg is not type(None) and not (arg is int and float in args)]
+        return " or ".join(names + ['"none"'] * (type(None) in args))
+    if typing.get_origin(tp) is list:
+        inner = describe(typing.get_args(tp)[0])
+        return f"a list, each {inner}" if inner != "a string" else "a list of strings"
+    if typing.get_origin(tp) is tuple:
+        return "[" + ", ".join(describe(arg) for arg in typing.get_args(tp)) + "]"
+    return _NAMES.get(typing.get_origin(tp) or tp, str(tp))
+
+
+@functools.cache
+def _adapter(table: str, name: str) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(all_tables()[table][name].type)
+
+
+def from_toml(key: Key, value: Any) -> Any:
+    """Return a TOML value as the key's type; ``"none"`` is None where the key is optional.
+
+    Raises:
+        ValueError: the value is of another type, or none of the choices.
+    """
+    if value == "none" and key.optional:
+        return None
+    # Strict JSON rules are TOML's: a whole number is a number too, an array does for a tuple, nothing else converts.
+    return _adapter(key.table, key.name).validate_json(json.dumps(value), strict=True)
+
+
+def from_words(key: Key, words: list[str]) -> Any:
+    """Return a command-line option's words as the key's type, the way ``from_toml`` would read them unquoted.
+
+    Raises:
+        ValueError: the words do not make a value of the key's type.
+    """
+    import tomli
+
+    if is_list(key.type) and not (key.optional and words == ["none"]) and not words[0].lstrip().startswith("["):
+        return from_toml(key, [item for word in words for item in _items(word)])
+    if len(words) != 1:
+        raise ValueError("expected one value")
+    [word] = words
+    readings: list[Any] = [word]
+    try:
+        readings.append(tomli.loads(f"value = {word}")["value"])
+    except tomli.TOMLDecodeError:
+        readings.append(word.lower() if word.lower() in ("true", "false") else word)
+    for reading in readings:
+        try:
+            return from_toml(key, reading)
+        except (ValueError, TypeError):
+            continue
+    return _adapter(key.table, key.name).validate_python(word, strict=False)

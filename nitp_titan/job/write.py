@@ -1,0 +1,54 @@
+"""The resolved job file: every table and key of a run, as TOML that reproduces it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+import nitp_titan
+from nitp_titan.job.resolve import Job
+
+
+def write_resolved(job: Job, path: str | Path) -> None:
+    """Write ``job`` to ``path``; its folder is made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(resolved_toml(job), encoding="utf-8")
+
+
+def resolved_toml(job: Job) -> str:
+    """Return ``job`` as TOML. Loading it gives the same values; a comment tells where each came from."""
+    versions = [f"nitp_titan {nitp_titan.__version__}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in ("torchtitan", "torch")]
+    overrides = shlex.join(job.overrides).replace("\n", " ").replace("\r", " ")
+    lines = [
+        "# The resolved configuration of a run: every key, with its source where that is not TorchTitan's default.",
+        f"# {', '.join(versions)}; {job.world_size} rank(s)",
+        f"# from {_one_line(job.file)}" + (f" with {_one_line(overrides)}" if overrides else ""),
+    ]
+    for table, values in job.tables.items():
+        lines += ["", f"[{table}]"]
+        for key, value in values.items():
+            source = job.sources[table][key]
+            lines.append(_entry(key, value) + ("" if source == "upstream" else f"  # {source}"))
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, value: Any) -> str:
+    """Return ``key = value``; None, which TOML does not have, is "none"."""
+    text = tomli_w.dumps({key: "none" if value is None else _plain(value)}, indent=0).rstrip("\n")
+    # Newlines in strings are escaped by tomli_w: what is left are those of arrays.
+    return text.replace("[\n", "[").replace(",\n]", "]").replace(",\n", ", ")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _one_line(text: str) -> str:
+    # A TOML comment admits no control characters.
+    return "".join(char if char.isprintable() else "?" for char in text)

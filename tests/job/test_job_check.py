@@ -1,0 +1,256 @@
+"""Every kind of wrong value is refused, in our words and with its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from nitp_titan.job import JobError, load_job, machine
+from nitp_titan.job.check import BYTE_VOCABULARY, DATASETS
+
+UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
+STOCK = ["--nitp.no-enable"]
+
+
+@pytest.fixture(autouse=True)
+def machine_of_the_tests(monkeypatch):
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 13))
+
+
+def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_training: bool = False) -> list[str]:
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\nflavor = "debug"\n' + text)
+    try:
+        load_job(path, list(overrides), ranks, for_training=for_training)
+    except JobError as error:
+        return [str(problem).replace(f"{tmp_path}/", "") for problem in error.problems]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--nitp.target_layer", "7"], "--nitp.target_layer: found 7, expected 0..6"),
+        (["--nitp.target_layer", "-1"], "--nitp.target_layer: found -1, expected 0 (the embeddings)"),
+        (["--nitp.weight", "-0.5"], "--nitp.weight: found -0.5, expected a finite number of at least 0"),
+        (["--nitp.weight", "nan"], "--nitp.weight: found nan, expected a finite number"),
+        (["--nitp.weight", "inf"], "--nitp.weight: found inf, expected a finite number"),
+        (["--nitp.projector_ratio", "0"], "--nitp.projector_ratio: found 0, expected at least 1"),
+        ([*UPSTREAM, "--nitp.target_layer", "7"], "--nitp.target_layer: found 7, expected 0..6"),
+        (["--model.flavor", "debgu"], '--model.flavor: found "debgu", expected one of "debug", "debug_moe"'),
+        (["--model.flavor", "debgu"], '; did you mean "debug"?'),
+        (["--model.module", "lama3"], '--model.module: found "lama3", expected one of "nitp_titan", "deepseek_v3"'),
+        (["--model.module", "lama3"], '; did you mean "llama3"?'),
+        (["--model.module", "flux"], '--model.module: found "flux", an image model'),
+        ([*UPSTREAM, "--model.flavor=9B"], '--model.flavor: found "9B", expected one of "debugmodel", "1B"'),
+        (["--loss.name", "cross_entropy"], '--loss.name: found "cross_entropy", expected "auto" or "linear_cross'),
+        ([*STOCK, "--loss.name", "linear_cross_entropy"], "--loss.name: found \"linear_cross_entropy\", which is for "
+         "nitp.enable = true"),
+        ([*STOCK, "--training.seq_len", "100"], "--training.seq_len: found 100, expected a multiple of "
+         "loss.num_chunks 8"),
+        ([*STOCK, "--training.seq_len", "8", "--parallelism.context_parallel_degree=2"], "expected a multiple of "
+         "loss.num_chunks 8 x context_parallel_degree 2"),
+        (["--float8.recipe", "rowwise"], '--float8.recipe: found "rowwise", expected "none"; not supported yet'),
+        (["--dataloader.dataset", "tekst"], '--dataloader.dataset: found "tekst", expected one of "text"'),
+        (["--dataloader.dataset", "owner/name"], 'did you mean "hub:owner/name"'),
+        (["--dataloader.dataset", "hub:"], '--dataloader.dataset: found "hub:", expected "hub:owner/name"'),
+        (["--dataloader.dataset", "text"], "--dataloader.dataset: expected a file, folder or glob of text files"),
+        (["--dataloader.dataset=text", "--dataloader.dataset_path=/no/where/*.txt"],
+         "--dataloader.dataset_path: no text files match dataset_path '/no/where/*.txt'"),
+        (["--dataloader.dataset_path", "x"], '--dataloader.dataset_path: found "x", which "python_stdlib" does not '
+         'read; did you mean dataset = "text"?'),
+        (["--validator.dataloader.dataset=text", "--validator.dataloader.dataset_path=/no/*.txt"],
+         "--validator.dataloader.dataset_path: no text files match"),
+        (["--training.seq_len", "8200"], "--training.seq_len: found 8200, expected at most the model's 8192"),
+        ([*UPSTREAM, "--training.seq_len", "131080"], "found 131080, expected at most the model's 131072"),
+        (["--training.seq_len", "0"], "--training.seq_len: found 0, expected at least 1"),
+        (["--training.local_batch_size", "0"], "--training.local_batch_size: found 0, expected at least 1"),
+        (["--training.global_batch_size", "12"], "--training.global_batch_size: found a global_batch_size of 12, "
+         "expected a multiple of local_batch_size 8 x data-parallel degree 1 = 8; the nearest are 8 and 16"),
+        (["--training.global_batch_size", "0"], "--training.global_batch_size: found 0, expected at least 1, or -1"),
+        (["--optimizer.lr", "nan"], "--optimizer.lr: found nan, expected at least 0"),
+        (["--optimizer.beta1", "1.5"], "--optimizer.beta1: found 1.5, expected 0..1"),
+        (["--metrics.log_freq", "0"], "--metrics.log_freq: found 0, expected at least 1"),
+        (["--dataloader.num_streams", "0"], "--dataloader.num_streams: found 0, expected at least 1"),
+        (["--debug.seed", str(2**64)], "--debug.seed: found 18446744073709551616, expected"),
+        (["--dataloader.seed", "-1"], "--dataloader.seed: found -1, expected at least 0"),
+        (["--parallelism.tensor_parallel_degree", "0"], "--parallelism.tensor_parallel_degree: found 0, expected at "
+         "least 1"),
+        (["--parallelism.data_parallel_shard_degree", "0"], "found 0, expected at least 1 (or -1: all ranks that are"),
+        (["--parallelism.tensor_parallel_degree", "2"], "--parallelism.tensor_parallel_degree: found 2, expected a "
+         "divisor of the world size 1"),
+        (["--parallelism.expert_parallel_degree", "2"], "--parallelism.expert_parallel_degree: found 2, expected a "
+         "divisor of data_parallel_shard x context x tensor = 1"),
+        (["--parallelism.spmd_backend", "spmd_types"], '--parallelism.spmd_backend: "spmd_types" needs torch >= 2.14'),
+        (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
+        (["--activation_checkpoint.mode", "memory_budget"], '"memory_budget" needs compile.enable = true'),
+    ],
+)  # fmt: skip
+def test_refused(tmp_path, overrides, expected):
+    found = problems(tmp_path, *overrides)
+    assert any(expected in problem for problem in found), found
+    assert all(problem.startswith("command line: --") for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "expected"),
+    [
+        (["--parallelism.tensor_parallel_degree=4"], 4, "found 4, expected a divisor of the model's 2 key-value heads"),
+        (["--parallelism.tensor_parallel_degree=2", "--training.seq_len=33"], 2, "--training.seq_len: found 33, "
+         "expected a multiple of 2 (tensor 2, context 1); the nearest are 32 and 34"),
+        ([*STOCK, "--parallelism.context_parallel_degree=2", "--loss.name=cross_entropy", "--training.seq_len=34"], 2,
+         "--training.seq_len: found 34, expected a multiple of 4 (tensor 1, context 2)"),
+        (["--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=4"], 4,
+         "found data_parallel_shard_degree 4 x tensor_parallel_degree 2 = 8, expected the world size 4"),
+        (["--parallelism.data_parallel_shard_degree=1"], 2, "found 1, expected the world size 2"),
+        (["--dataloader.num_streams=3"], 2, "--dataloader.num_streams: found 3, expected a multiple of the "
+         "data-parallel degree 2"),
+        (["--validator.enable", "--validator.steps=5", "--validator.dataloader.num_streams=3"], 2,
+         "--validator.dataloader.num_streams: found 3, expected a multiple of the data-parallel degree 2"),
+        (["--training.global_batch_size=8"], 2, "expected a multiple of local_batch_size 8 x data-parallel degree 2"),
+        (["--parallelism.context_parallel_degree=2"], 2, "context parallelism is not supported yet with NITP"),
+        (["--parallelism.pipeline_parallel_degree=2"], 2, "pipeline parallelism is not supported yet with NITP"),
+        ([*STOCK, "--parallelism.pipeline_parallel_degree=2"], 2, "needs torch >= 2.14, found torch 2.13"),
+        (["--model.flavor=debug_moe", "--parallelism.expert_parallel_degree=3", "--training.local_batch_size=1",
+          "--dataloader.num_streams=3"], 3, "found 3, expected a divisor of the model's 8 experts"),
+    ],
+)  # fmt: skip
+def test_refused_on_several_ranks(tmp_path, overrides, ranks, expected):
+    found = problems(tmp_path, *overrides, ranks=ranks)
+    assert any(expected in problem for problem in found), found
+
+
+def test_sequence_parallelism_off_frees_the_sequence_length(tmp_path):
+    overrides = ["--parallelism.tensor_parallel_degree=2", "--training.seq_len=33"]
+    assert problems(tmp_path, *overrides, "--parallelism.no-enable_sequence_parallel", ranks=2) == []
+
+
+def test_one_pass_needs_no_streams(tmp_path):
+    assert problems(tmp_path, "--dataloader.num_streams=3", "--dataloader.no-infinite", ranks=2) == []
+
+
+def test_expert_parallelism_on_old_torch_is_one_sentence(tmp_path, monkeypatch):
+    overrides = ["--model.flavor=debug_moe", "--parallelism.expert_parallel_degree=2"]
+    assert problems(tmp_path, *overrides, ranks=2) == []
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 11))
+    assert problems(tmp_path, *overrides, ranks=2) == [
+        "command line: --parallelism.expert_parallel_degree: expert parallelism needs torch >= 2.13, found torch 2.11; "
+        "install a newer torch, or set expert_parallel_degree = 1"
+    ]
+
+
+def test_chunked_loss_on_old_torch(tmp_path, monkeypatch):
+    chunked = [*STOCK, "--loss.name", "chunked_cross_entropy"]
+    assert problems(tmp_path, *chunked) == []
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 11))
+    [problem] = problems(tmp_path, *chunked)
+    assert '"chunked_cross_entropy" needs torch >= 2.13, found torch 2.11' in problem
+    # "auto" is then the plain loss, which splits any length.
+    assert problems(tmp_path, *STOCK, "--training.seq_len=100") == []
+
+
+def test_place_is_the_key_in_the_file(tmp_path):
+    text = "[nitp]\nweight = -1\n\ntarget_layer = 9\n[training]\nlocal_batch_size = 3\nglobal_batch_size = 8\n"
+    assert [problem.split(": found")[0] for problem in problems(tmp_path, text=text)] == [
+        "job.toml:4: [nitp] weight",
+        "job.toml:6: [nitp] target_layer",
+        "job.toml:9: [training] global_batch_size",
+    ]
+
+
+def test_place_of_a_default_says_so(tmp_path):
+    [problem] = problems(tmp_path, "--model.module=llama3", "--model.flavor=debugmodel")
+    assert problem.startswith("job.toml: [dataloader] dataset_path (default of nitp_titan): expected a file")
+
+
+def test_data_paths_that_match(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "a.txt", tmp_path / "*.txt"):
+        assert problems(tmp_path, "--dataloader.dataset=text", f"--dataloader.dataset_path={path}") == []
+    for name in ("hub:owner/name", "hub:name", "hub:owner/name:config"):
+        assert problems(tmp_path, "--dataloader.dataset", name) == []
+
+
+def tokenizer_folder(tmp_path, size: int) -> str:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    tokenizer = Tokenizer(WordLevel({f"word{i}": i for i in range(size - 1)}, unk_token="word0"))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path)
+
+
+def test_tokenizer_larger_than_the_vocabulary(tmp_path, monkeypatch):
+    arguments = ["--tokenizer.name=huggingface", f"--model.hf_assets_path={tokenizer_folder(tmp_path, 320)}"]
+    assert problems(tmp_path, *arguments, for_training=True) == []
+    tokenizer_folder(tmp_path, 321)  # one more than the debug model's 320, and that one an added token
+    [problem] = problems(tmp_path, *arguments)
+    assert "has 321 tokens, expected at most the model's vocabulary of 320" in problem
+    (tmp_path / "tokenizer.json").write_text("{}")
+    [problem] = problems(tmp_path, *arguments)
+    assert "is not a tokenizer" in problem
+
+
+def test_byte_tokenizer_and_a_small_vocabulary(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from nitp_titan.job import resolve
+
+    facts = resolve.facts
+    monkeypatch.setattr(resolve, "facts", lambda *names: replace(facts(*names), vocab_size=257))
+    [problem] = problems(tmp_path)
+    assert problem == (
+        "job.toml: [tokenizer] name (default of flavor): the byte tokenizer has 258 tokens, expected at most the "
+        "model's vocabulary of 257"
+    )
+
+
+def test_missing_assets_are_an_error_of_training_alone(tmp_path):
+    arguments = ["--tokenizer.name=huggingface", "--model.hf_assets_path=/no/where"]
+    job = load_job(None, arguments, 1)
+    assert [str(warning) for warning in job.warnings] == [
+        'command line: --model.hf_assets_path: found "/no/where", which does not exist'
+    ]
+    assert problems(tmp_path, *arguments, for_training=True) == [str(warning) for warning in job.warnings]
+    [problem] = problems(tmp_path, "--tokenizer.name=huggingface", for_training=True)
+    assert "expected the folder of a tokenizer.json" in problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--training.no-disable_cuda_graphs"], "found no GPU, expected true: CUDA graphs need a GPU"),
+        (["--model.attn_backend=varlen"], 'found no GPU, expected "flex": varlen attention needs a GPU'),
+        (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
+        (["--job.dump_folder="], 'found "", expected a folder\'s name'),
+        (["--job.dump_folder=pyproject.toml"], 'found "pyproject.toml", which is a file'),
+    ],
+)
+def test_what_this_machine_lacks_is_an_error_of_training_alone(tmp_path, arguments, expected):
+    [problem] = problems(tmp_path, *arguments, for_training=True)
+    assert expected in problem
+    [warning] = load_job(None, arguments, 1).warnings
+    assert str(warning) == problem
+
+
+def test_wrong_training_data_is_not_reported_of_the_validation_data_too(tmp_path):
+    [problem] = problems(tmp_path, "--validator.enable", text="[dataloader]\ndataset = 3\n")
+    assert problem == "job.toml:4: [dataloader] dataset: found 3, expected a string"
+    # 3 ranks do not share out the default 64 streams, which this job does not have either.
+    wrong = ["--dataloader.num_streams=x", "--validator.enable", "--validator.steps=2"]
+    [problem] = problems(tmp_path, *wrong, ranks=3)
+    assert problem == 'command line: --dataloader.num_streams: found "x", expected a whole number'
+
+
+def test_unknown_flavor_brings_no_other_problem(tmp_path):
+    [problem] = problems(tmp_path, "--model.flavor=nope", for_training=True)
+    assert "--model.flavor" in problem
+
+
+def test_constants_are_the_data_packages():
+    from nitp_titan.data.corpus import dataset_names
+    from nitp_titan.data.tokenizer import ByteTokenizer
+
+    assert ByteTokenizer().get_vocab_size() == BYTE_VOCABULARY
+    assert tuple(dataset_names()) == DATASETS
