@@ -1,0 +1,240 @@
+"""TorchTitan's data loader component over fixed virtual streams; see `streams` for what a batch contains."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from nitp_titan.data.corpus import ShardedCorpus, open_corpus
+from nitp_titan.data.prefetch import Prefetcher
+from nitp_titan.data.streams import Batch, Cursor, RankSequences, make_source
+
+Item = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+class TextDataLoader(BaseDataLoader):
+    """Packed text for one data-parallel rank, the same global batch whatever the number of ranks.
+
+    Yields `({"input": (B, L) int64, "positions": (B, L) int64}, labels (B, L) int64)` on the CPU. The position is the
+    loader's: every iterator goes on where the last batch was yielded. Only a loader of one pass (`infinite` False)
+    that has come to its end starts again with the next `iter`.
+
+    Its state describes what was yielded, not what was prepared ahead. It is plain tensors, one per stream, which
+    DCP saves once and loads in place, so that a checkpoint of D ranks resumes on any D' that divides `num_streams`.
+
+    Raises:
+        ValueError: a bad option, a corpus that cannot be opened, or more streams than the corpus or the ranks allow.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        dataset: str = "text"
+        """"text" (files), "python_stdlib", a TorchTitan data set (c4, c4_test, c4_validation) or "hub:owner/name"."""
+
+        dataset_path: str | None = None
+        """File, folder or glob of .txt, .jsonl (also .gz, .zst) and .parquet files; another path for c4*."""
+
+        text_field: str = "text"
+        """Key or column of the text in .jsonl and .parquet files and hub data sets."""
+
+        split: str = "train"
+        """Split of a hub data set."""
+
+        seed: int = 0
+        """Seed of the order of documents, at least 0."""
+
+        num_streams: int = 64
+        """Virtual streams: a multiple of every data-parallel degree of the job. Another number: other data."""
+
+        streaming: bool = False
+        """Read in order from files or the hub, without a copy on disk. TorchTitan's c4 always does."""
+
+        shuffle_buffer: int = 1000
+        """Documents shuffled at a time where they are read in order; documents in memory are shuffled all together."""
+
+        infinite: bool = True
+        """Start again at the end of the corpus; if not, pass once through it, in its own order, padding the end."""
+
+        prefetch: int = 2
+        """Batches prepared ahead by a background thread; 0 for none."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        local_batch_size: int,
+        snapshot_every_n_steps: int | None = None,
+        **kwargs,
+    ):
+        _check_options(config, dp_world_size)
+        self.config = config
+        self._corpus = open_corpus(
+            config.dataset,
+            config.dataset_path,
+            text_field=config.text_field,
+            split=config.split,
+            streaming=config.streaming,
+        )
+        # One pass needs one stream: every rank draws all of it, see RankSequences.
+        self._num_streams = config.num_streams if config.infinite else 1
+        if isinstance(self._corpus, ShardedCorpus) and self._corpus.size < self._num_streams:
+            raise ValueError(_too_few_shards(self._corpus, self._num_streams, dp_world_size))
+        self._sequences_of_rank = partial(
+            RankSequences,
+            encode=partial(tokenizer.encode, add_bos=True, add_eos=True),
+            seq_len=seq_len,
+            batch_size=local_batch_size,
+            num_streams=self._num_streams,
+            dp_world_size=dp_world_size,
+            dp_rank=dp_rank,
+            infinite=config.infinite,
+        )
+        # What must not change between a checkpoint and its resumption, by name.
+        self._fixed = {
+            "seed": config.seed,
+            "seq_len": seq_len,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "documents" if not isinstance(self._corpus, ShardedCorpus) else "shards": self._corpus.size,
+        }
+        owned = range(dp_rank, self._num_streams, dp_world_size) if config.infinite else range(1)
+        self._start: dict[int, Cursor] = {v: (v, 0, 0) for v in owned}
+        self._sequences = 0
+        self._cursors = dict(self._start)
+        self._exhausted = False
+        self._current: weakref.ref[_BatchIterator] | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        if self._exhausted:
+            self._sequences, self._cursors, self._exhausted = 0, dict(self._start), False
+        iterator = _BatchIterator(self)
+        self._make_current(iterator)
+        return iterator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the yielded batches end: int64 tensors, in a layout that is the same at every step.
+
+        `sequences`: sequences of the whole job so far; `streams`: (q, index, offset) of this rank's streams by number.
+        """
+        return {
+            # First, and as a shape: DCP compares shapes before anything else, and says which one differs, where
+            # other keys would only be missing from the checkpoint.
+            "num_streams": torch.zeros(self._num_streams, dtype=torch.int64),
+            **{name: torch.tensor(value) for name, value in self._fixed.items()},
+            "sequences": torch.tensor(self._sequences),
+            "streams": {str(v): torch.tensor(cursor) for v, cursor in self._cursors.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches of `state_dict`; iterators that exist go on from there too. Empty: no change.
+
+        Raises:
+            ValueError: naming what differs, if the state is that of other data.
+        """
+        if not state_dict:
+            return
+        then = {"num_streams": len(state_dict.get("num_streams", ()))}
+        now = {"num_streams": self._num_streams, **self._fixed}
+        then |= {name: int(state_dict[name]) if name in state_dict else None for name in self._fixed}
+        changed = [f"{name} (was {then[name]}, is {now[name]})" for name in now if then[name] != now[name]]
+        if changed:
+            raise ValueError(
+                "the data loader cannot resume from this checkpoint, as its data changed: "
+                f"{', '.join(changed)}. Restore it, or start the data afresh with "
+                "checkpoint.exclude_from_loading = ['dataloader']"
+            )
+        missing = [v for v in self._cursors if str(v) not in state_dict["streams"]]
+        if missing:
+            raise ValueError(f"the checkpoint lacks the state of data streams {missing}: was it saved by every rank?")
+        self._cursors = {v: tuple(state_dict["streams"][str(v)].tolist()) for v in self._cursors}
+        self._sequences = int(state_dict["sequences"])
+        self._exhausted = False
+        self._make_current(None)
+
+    def _make_current(self, iterator: "_BatchIterator | None") -> None:
+        """Let `iterator` alone draw batches; any other forgets what it prepared."""
+        previous = self._current() if self._current else None
+        if previous is not None and previous is not iterator:
+            previous.stop()
+        self._current = weakref.ref(iterator) if iterator is not None else None
+
+    def _batches(self) -> Iterator[tuple[Batch, Item]]:
+        """Batches from the current position on, independent of this object."""
+        source = make_source(
+            self._corpus,
+            seed=self.config.seed,
+            num_streams=self._num_streams,
+            shuffle_buffer=self.config.shuffle_buffer,
+            infinite=self.config.infinite,
+        )
+        batches = self._sequences_of_rank(source, cursors=dict(self._cursors), sequences=self._sequences)
+        return ((batch, _to_tensors(batch)) for batch in batches)
+
+
+class _BatchIterator:
+    """Yields a loader's batches, and moves the loader's position as it does."""
+
+    def __init__(self, loader: TextDataLoader):
+        self._loader = loader
+        self._batches: Iterator[tuple[Batch, Item]] | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        loader = self._loader
+        if self._batches is None:
+            loader._make_current(self)
+            batches = loader._batches()
+            self._batches = Prefetcher(batches, loader.config.prefetch) if loader.config.prefetch else batches
+        try:
+            batch, item = next(self._batches)
+        except BaseException as error:
+            # After an error the next call tries that batch again, where a generator would claim to be at its end.
+            self.stop()
+            loader._exhausted = isinstance(error, StopIteration)
+            raise
+        loader._cursors |= batch.cursors
+        loader._sequences = batch.sequences
+        return item
+
+    def stop(self) -> None:
+        """Drop what was prepared ahead; the next batch is drawn from the loader's position."""
+        if isinstance(self._batches, Prefetcher):
+            self._batches.close()
+        self._batches = None
+
+
+def _to_tensors(batch: Batch) -> Item:
+    inputs = {"input": torch.from_numpy(batch.inputs_BL), "positions": torch.from_numpy(batch.positions_BL)}
+    return inputs, torch.from_numpy(batch.labels_BL)
+
+
+def _check_options(config: TextDataLoader.Config, dp_world_size: int) -> None:
+    for name, least in (("seed", 0), ("num_streams", 1), ("shuffle_buffer", 0), ("prefetch", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"dataloader.{name} = {getattr(config, name)}: expected at least {least}")
+    if config.infinite and config.num_streams % dp_world_size:
+        below = config.num_streams // dp_world_size * dp_world_size
+        choices = " or ".join(str(n) for n in (below, below + dp_world_size) if n)
+        raise ValueError(
+            f"dataloader.num_streams = {config.num_streams} cannot be shared out to {dp_world_size} data-parallel "
+            f"ranks: the nearest multiple is {choices}"
+        )
+
+
+def _too_few_shards(corpus: ShardedCorpus, num_streams: int, dp_world_size: int) -> str:
+    most = corpus.size // dp_world_size * dp_world_size
+    lower = f"set dataloader.num_streams = {most} or a lower multiple of {dp_world_size}, " if most else ""
+    return (
+        f"dataset {corpus.name} has {corpus.size} shards, fewer than dataloader.num_streams = {num_streams}: "
+        f"{lower}{'or ' if lower else ''}set dataloader.streaming = false"
+    )
