@@ -42,7 +42,10 @@ class LossHead:
         total = labels.new_zeros((), dtype=torch.float32)
         for start in range(0, labels_T.shape[0], self.chunk_tokens):
             chunk = slice(start, start + self.chunk_tokens)
-            total = total + checkpoint(self._chunk_loss, h_TD[chunk], labels_T[chunk], use_reentrant=False)
+            # Nothing here is random, and a CUDA graph cannot record the reading of the generator's state.
+            total = total + checkpoint(
+                self._chunk_loss, h_TD[chunk], labels_T[chunk], use_reentrant=False, preserve_rng_state=False
+            )
         return total
 
     def _chunk_loss(self, h_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:

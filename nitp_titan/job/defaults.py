@@ -22,7 +22,7 @@ STATIC: dict[str, dict[str, Any]] = {
 def derive(draft: Draft) -> None:
     """Fill in the defaults that depend on the machine, the model or other keys."""
     draft.notes.clear()
-    for rule in (_device, _recomputation, _cuda_graphs, _experts, _last_checkpoint, _validation_data, _global_batch):
+    for rule in RULES:
         try:
             rule(draft)
         except Unknown:
@@ -38,6 +38,14 @@ def _device(draft: Draft) -> None:
 def _recomputation(draft: Draft) -> None:
     small = draft.get("model", "flavor").startswith("debug")
     draft.derive("activation_checkpoint", "mode", "none" if small else "selective")
+
+
+def _geometry(draft: Draft) -> None:
+    # Stock TorchTitan measures none, and CUDA graphs do not go with it: whoever wants it there says so.
+    asked_for_graphs = not draft.is_default("training", "disable_cuda_graphs")
+    asked_for_graphs = asked_for_graphs and not draft.get("training", "disable_cuda_graphs")
+    if asked_for_graphs or not draft.get("nitp", "enable"):
+        draft.derive("nitp", "geometry_freq", 0)
 
 
 def _cuda_graphs(draft: Draft) -> None:
@@ -58,6 +66,8 @@ def _why_no_cuda_graphs(draft: Draft) -> str:
         return "routing tokens to experts synchronises with the CPU"
     if draft.get("nitp", "enable") and draft.get("nitp", "start_step") > 0:
         return "a recorded step cannot change at nitp.start_step"
+    if draft.get("nitp", "geometry_freq") > 0:
+        return "geometry metrics read hidden states, which a recorded step does not show (nitp.geometry_freq = 0)"
     if draft.get("model", "attn_backend") == "varlen":
         return "varlen attention has shapes that depend on the documents"
     return ""
@@ -90,3 +100,16 @@ def _global_batch(draft: Draft) -> None:
         if value > 0:
             setting = draft.settings["training", "global_batch_size"]
             draft.settings["training", "global_batch_size"] = type(setting)(value, "nitp_titan")
+
+
+RULES = (
+    _device,
+    _recomputation,
+    _geometry,
+    _cuda_graphs,
+    _experts,
+    _last_checkpoint,
+    _validation_data,
+    _global_batch,
+)
+"""In this order: CUDA graphs depend on the geometry."""

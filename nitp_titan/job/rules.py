@@ -126,6 +126,21 @@ def check_compile(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("activation_checkpoint", "mode", f'"memory_budget" {needs}')
 
 
+def check_cuda_graphs(draft: Draft) -> Iterator[Problem]:
+    """A recorded step repeats itself: what changes or looks into it does not go with CUDA graphs."""
+    if draft.get("training", "disable_cuda_graphs"):
+        return
+    for key in ("start_step", "geometry_freq"):
+        value = draft.get("nitp", key)
+        if value > 0 and (key == "geometry_freq" or draft.get("nitp", "enable")):
+            yield draft.problem(
+                "nitp",
+                key,
+                f"found {value}, expected 0 with training.disable_cuda_graphs = false",
+                f"set {key} = 0 or disable_cuda_graphs = true",
+            )
+
+
 def check_checkpoint(draft: Draft) -> Iterator[Problem]:
     """Rules of CheckpointManager.Config."""
 
@@ -169,6 +184,7 @@ CHECKS = (
     check_pipeline,
     check_parallelism,
     check_compile,
+    check_cuda_graphs,
     check_checkpoint,
     check_validator,
 )

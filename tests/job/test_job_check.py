@@ -35,6 +35,9 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--nitp.weight", "-0.5"], "--nitp.weight: found -0.5, expected a finite number of at least 0"),
         (["--nitp.weight", "nan"], "--nitp.weight: found nan, expected a finite number"),
         (["--nitp.weight", "inf"], "--nitp.weight: found inf, expected a finite number"),
+        (["--nitp.start_step=5", "--training.no-disable_cuda_graphs"], "--nitp.start_step: found 5, expected 0 with "
+         "training.disable_cuda_graphs = false"),
+        (["--nitp.geometry_freq=5", "--training.no-disable_cuda_graphs"], "--nitp.geometry_freq: found 5, expected 0"),
         (["--nitp.projector_ratio", "0"], "--nitp.projector_ratio: found 0, expected at least 1"),
         ([*UPSTREAM, "--nitp.target_layer", "7"], "--nitp.target_layer: found 7, expected 0..6"),
         (["--model.flavor", "debgu"], '--model.flavor: found "debgu", expected one of "debug", "debug_moe"'),

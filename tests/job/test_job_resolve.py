@@ -89,16 +89,32 @@ def test_defaults_with_a_gpu(job_file, gpu):
     job = load_job(job_file(), [], 1)
     assert job["training"]["mixed_precision_param"] == "bfloat16"
     assert job["optimizer"]["implementation"] == "fused"
+    assert job["training"]["disable_cuda_graphs"] is True
+    [note] = job.notes
+    assert "geometry metrics" in note
+
+
+@pytest.mark.parametrize(
+    "overrides", [["--nitp.geometry_freq=0"], ["--nitp.no-enable"], ["--training.no-disable_cuda_graphs"]]
+)
+def test_cuda_graphs_are_on_without_geometry(job_file, gpu, overrides):
+    job = load_job(job_file(), overrides, 1)
     assert job["training"]["disable_cuda_graphs"] is False
+    assert job["nitp"]["geometry_freq"] == 0
     assert job.notes == ()
+
+
+@pytest.mark.parametrize("overrides", [[], ["--nitp.geometry_freq=7"], ["--nitp.no-enable", "--nitp.geometry_freq=7"]])
+def test_geometry_is_measured_by_default_with_nitp_and_on_demand_without(job_file, overrides):
+    expected = 7 if overrides else 100
+    assert load_job(job_file(), overrides, 1)["nitp"]["geometry_freq"] == expected
 
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
         (["--model.flavor", "debug_moe"], "experts"),
-        (["--nitp.start_step", "5"], "nitp.start_step"),
-        (["--model.attn_backend", "varlen"], "varlen"),
+        (["--model.attn_backend", "varlen", "--nitp.geometry_freq=0"], "varlen"),
         (["--model.module=qwen3", "--model.flavor=debugmodel_moe", "--dataloader.dataset=c4"], "experts"),
     ],
 )
@@ -111,6 +127,11 @@ def test_cuda_graphs_are_off_where_they_cannot_work(job_file, gpu, overrides, re
     job = load_job(job_file(), [*overrides, "--training.no-disable_cuda_graphs"], 1)
     assert job["training"]["disable_cuda_graphs"] is False
     assert job.notes == ()
+
+
+def test_cuda_graphs_are_off_before_a_start_step(job_file, gpu):
+    [note] = load_job(job_file(), ["--nitp.start_step=5", "--nitp.geometry_freq=0"], 1).notes
+    assert "nitp.start_step" in note
 
 
 def test_ignored_expert_parallelism_is_noted(job_file):
