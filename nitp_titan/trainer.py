@@ -14,6 +14,7 @@ from torchtitan.trainer import Trainer
 
 from nitp_titan.decoder import nitp_model_spec, nitp_shift, positions_or_default
 from nitp_titan.loss import JointLoss
+from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.metrics import NITP, NTP, MetricsProcessor
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import pair_mask
@@ -39,6 +40,7 @@ class NITPTrainer(Trainer):
 
         metrics: MetricsProcessor.Config = field(default_factory=MetricsProcessor.Config)
         validator: Validator.Config = field(default_factory=Validator.Config)
+        lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
 
     def __init__(self, config: Config):
         super().__init__(_with_nitp(config))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nitp_titan.job.schema import upstream
-from nitp_titan.models.flavors import FLAVORS, Flavor
+from nitp_titan.models.flavors import FLAVORS, Shape
 
 OURS = "nitp_titan"
 
@@ -43,41 +43,37 @@ def flavors(module: str) -> list[str]:
 def facts(module: str, flavor: str) -> ModelFacts | None:
     """Return the facts of a flavor; None where only an import can tell."""
     if module == OURS:
-        return facts_of_flavor(FLAVORS[flavor])
+        return facts_of_shape(FLAVORS[flavor].shape)
     known = upstream()["models"].get(module, {}).get(flavor)
     return ModelFacts(**known) if known else None
 
 
-def facts_of_flavor(flavor: Flavor) -> ModelFacts:
-    """Return the facts of one of our own flavors."""
-    moe = flavor.moe
+def facts_of_shape(shape: Shape) -> ModelFacts:
+    """Return the facts of one of our own models."""
     return ModelFacts(
-        dim=flavor.dim,
-        n_layers=flavor.n_layers,
-        n_heads=flavor.n_heads,
-        n_kv_heads=flavor.n_kv_heads,
-        vocab_size=flavor.vocab_size,
-        max_seq_len=flavor.max_seq_len,
-        num_experts=moe.num_experts if moe else 0,
-        top_k=moe.top_k if moe else 0,
-        tied=flavor.tie_embeddings,
-        params=count_parameters(flavor),
+        dim=shape.dim,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        vocab_size=shape.vocab_size,
+        max_seq_len=shape.max_seq_len,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        tied=shape.tie_embeddings,
+        params=count_parameters(shape),
     )
 
 
-def count_parameters(flavor: Flavor) -> int:
-    """Return the number of parameters of one of our flavors, by formula."""
-    d, moe = flavor.dim, flavor.moe
-    embeddings = flavor.vocab_size * d * (1 if flavor.tie_embeddings else 2)
+def count_parameters(shape: Shape) -> int:
+    """Return the number of parameters of one of our models, by formula."""
+    d = shape.dim
+    embeddings = shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
     # q and output projections, k and v projections, two norms
-    attention = 2 * d * flavor.head_dim * (flavor.n_heads + flavor.n_kv_heads) + 2 * d
-    n_dense = moe.n_dense_layers if moe else flavor.n_layers
-    feed_forward = n_dense * 3 * d * flavor.hidden_dim
-    if moe:
-        experts = moe.num_experts + moe.num_shared_experts
-        router = d * moe.num_experts
-        feed_forward += (flavor.n_layers - n_dense) * (3 * d * moe.expert_hidden_dim * experts + router)
-    return embeddings + flavor.n_layers * attention + feed_forward + d
+    attention = 2 * d * shape.head_dim * (shape.n_heads + shape.n_kv_heads) + 2 * d
+    experts = 3 * d * shape.expert_hidden_dim * (shape.num_experts + shape.num_shared_experts)
+    moe = shape.moe_layers() * (experts + d * shape.num_experts)
+    dense = (shape.n_layers - shape.moe_layers()) * 3 * d * shape.hidden_dim
+    return embeddings + shape.n_layers * attention + moe + dense + d
 
 
 def facts_of(config: Any) -> ModelFacts | None:
