@@ -38,8 +38,8 @@ from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import nitp_loss, pair_mask, shift_left
 
-PROJECTOR = "projector"
-"""Name of the projector among the decoder's children: its parameters are ``projector.w1.weight`` and so on."""
+PROJECTOR_PREFIX = "projector."
+"""How the names of the projector's parameters begin: ``projector.w1.weight`` and so on."""
 
 
 class TappedBlocks(ModuleDict):
@@ -92,6 +92,12 @@ class NITPDecoder:
     nitp_active: bool = True
     """Whether this step has the NITP term; the trainer clears it before ``nitp.start_step``."""
 
+    _nitp_loss: Callable[..., torch.Tensor] = staticmethod(nitp_loss)
+
+    def compile_nitp_loss(self, backend: str) -> None:
+        """Compile the NITP loss, as TorchTitan does its own (``compile.components`` has "loss")."""
+        self._nitp_loss = torch.compile(nitp_loss, backend=backend)
+
     def __init__(self, config: Any):
         super().__init__(config)  # pyrefly: ignore [bad-argument-count]
         self.layers = TappedBlocks(self.layers)
@@ -121,9 +127,8 @@ class NITPDecoder:
         ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
         if self.nitp_active:
             assert tap.residual_BLD is not None, f"no block {target_layer} among {list(self.layers)}"
-            target_BLD = tap.residual_BLD.detach() if nitp.stop_gradient else tap.residual_BLD
             mask_BL = pair_mask(positions_or_default(positions, tokens), labels, shift=nitp_shift(nitp))
-            nitp_sum = self._nitp_sum(h_BLD, target_BLD, mask_BL)
+            nitp_sum = self._nitp_sum(h_BLD, tap.residual_BLD, mask_BL)
         else:
             nitp_sum = torch.zeros_like(ntp_sum)
         # Joined rather than viewed as (1, 2): FSDP hooks into what a module returns.
@@ -132,17 +137,32 @@ class NITPDecoder:
     def _nitp_sum(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
         if nitp.loss == "generic_cosine":
-            return nitp_loss(_replicated(h_BLD), None, mask_BL, kind=nitp.loss)
+            return self._nitp_loss(_replicated(h_BLD), None, mask_BL, kind=nitp.loss)
         prediction_BLD = self.projector(h_BLD) if self.projector is not None else h_BLD
-        target_BLD = _replicated(target_BLD)
+        # Cut here, not in the loss alone: gathering a target has a backward pass of its own.
+        target_BLD = _replicated(target_BLD.detach() if nitp.stop_gradient else target_BLD)
         if nitp_shift(nitp):
             target_BLD = shift_left(target_BLD)
-        return nitp_loss(_replicated(prediction_BLD), target_BLD, mask_BL, kind=nitp.loss)
+        return self._nitp_loss(
+            _replicated(prediction_BLD), target_BLD, mask_BL, kind=nitp.loss, stop_gradient=nitp.stop_gradient
+        )
 
 
 def nitp_shift(nitp: NITPConfig) -> int:
     """The shift that decides which positions count: the generic-cosine baseline has no target, so none."""
     return 0 if nitp.loss == "generic_cosine" else nitp.shift
+
+
+def count_pairs(nitp: NITPConfig, inputs: dict[str, Any], tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return how many positions of a batch count in the NITP loss: 0-d int64.
+
+    Args:
+        inputs: may hold "positions", (B, L).
+        tokens: (B, L).
+        labels: (B, L).
+    """
+    positions = positions_or_default(inputs.get("positions"), tokens)
+    return pair_mask(positions, labels, shift=nitp_shift(nitp)).sum()
 
 
 def positions_or_default(positions: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
@@ -202,6 +222,7 @@ def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Modu
         model.projector.compile(backend=compile_config.backend, fullgraph=True)
     if compile_config.enable and "loss" in compile_config.components:
         model.lm_head.compile_loss(compile_config.backend)  # pyrefly: ignore [not-callable]
+        model.compile_nitp_loss(compile_config.backend)  # pyrefly: ignore [not-callable]
     return stock(model, **kwargs)
 
 
@@ -211,7 +232,7 @@ def _backbone_adapter(base: type[BaseStateDictAdapter]) -> type[BaseStateDictAda
         """The decoder's own adapter, for the backbone alone: what leaves has no projector."""
 
         def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return super().to_hf({k: v for k, v in state_dict.items() if not k.startswith(f"{PROJECTOR}.")})
+            return super().to_hf({k: v for k, v in state_dict.items() if not k.startswith(PROJECTOR_PREFIX)})
 
     return BackboneAdapter
 

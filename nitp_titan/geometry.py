@@ -32,7 +32,7 @@ def effective_rank(h_ND: Tensor) -> Tensor:
         h_ND: hidden states of valid tokens, (N, D).
 
     Returns:
-        0-d float64.
+        0-d, computed in float64; fp32, or float64 for float64 rows.
 
     Raises:
         ValueError: not 2-D.
@@ -41,7 +41,7 @@ def effective_rank(h_ND: Tensor) -> Tensor:
     x_ND = h_ND.double()
     x_ND = x_ND - x_ND.mean(0)
     # X^T X and X X^T have the same non-zero eigenvalues: take the smaller.
-    return _rank_of(x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND)
+    return _rank_of(x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND).to(_result_dtype(h_ND))
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def mean_cosine_similarity(h_ND: Tensor, num_pairs: int, generator: torch.Genera
         generator: where the pairs come from, on any device.
 
     Returns:
-        0-d float64; NaN for fewer than 2 rows.
+        0-d, computed in float64; fp32, or float64 for float64 rows. NaN for fewer than 2 rows.
 
     Raises:
         ValueError: not 2-D, or ``num_pairs`` below 1.
@@ -64,13 +64,17 @@ def mean_cosine_similarity(h_ND: Tensor, num_pairs: int, generator: torch.Genera
         raise ValueError(f"num_pairs: found {num_pairs}, expected at least 1")
     n = len(h_ND)
     if n < 2:
-        return torch.full((), torch.nan, dtype=torch.float64, device=h_ND.device)
+        return torch.full((), torch.nan, dtype=_result_dtype(h_ND), device=h_ND.device)
     device = h_ND.device if generator is None else generator.device
     i_P = torch.randint(n, (num_pairs,), generator=generator, device=device)
     j_P = torch.randint(n - 1, (num_pairs,), generator=generator, device=device)
     j_P += j_P >= i_P  # uniform over the rows other than i
     u_ND = _unit_rows(h_ND.double())
-    return (u_ND[i_P.to(h_ND.device)] * u_ND[j_P.to(h_ND.device)]).sum(-1).mean()
+    cosines_P = (u_ND[i_P.to(h_ND.device)] * u_ND[j_P.to(h_ND.device)]).sum(-1)
+    return cosines_P.mean().to(_result_dtype(h_ND))
+
+
+_ROWS = 2048
 
 
 class GeometryStatistics:
@@ -117,14 +121,16 @@ class GeometryStatistics:
             )
         else:
             h_ND = h_BLD[mask_BL]
-        h_ND = h_ND.double()
-        u_ND = _unit_rows(h_ND)
         count, nonzero, h_D, u_D, outer_DD = self._parts()
         count += len(h_ND)
-        nonzero += (u_ND != 0).any(-1).sum()
-        h_D += h_ND.sum(0)
-        u_D += u_ND.sum(0)
-        outer_DD.addmm_(h_ND.T, h_ND)
+        # A few rows at a time: their float64 copies come when the activations of a step are all in memory.
+        for part_ND in h_ND.split(_ROWS):
+            h_ND = part_ND.double()
+            u_ND = _unit_rows(h_ND)
+            nonzero += (u_ND != 0).any(-1).sum()
+            h_D += h_ND.sum(0)
+            u_D += u_ND.sum(0)
+            outer_DD.addmm_(h_ND.T, h_ND)
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by their sums over ranks: call it once, on every rank, after the last update.
@@ -163,6 +169,10 @@ def _rank_of(scatter: Tensor, floor: Tensor | float = 0.0) -> Tensor:
     p = eigenvalues / torch.where(total > 0, total, 1)
     rank = torch.special.entr(p).sum().exp()  # entr(p) = -p log p, 0 at 0; no variance at all: exp(0) = 1
     return torch.where(finite, rank, torch.nan)
+
+
+def _result_dtype(h_ND: Tensor) -> torch.dtype:
+    return torch.promote_types(h_ND.dtype, torch.float32)
 
 
 def _unit_rows(h_ND: Tensor) -> Tensor:

@@ -35,17 +35,42 @@ _ON_CONSOLE = {
 
 
 class JsonlLogger(upstream.BaseLogger):
-    """Writes one object a logging step: ``step`` and the TensorBoard tags. Non-finite values are null."""
+    """Writes one object a logging step: ``step`` and the TensorBoard tags. Non-finite values are null.
+
+    What is logged later of the same step, a validation say, joins its line. A resumed run replaces what an earlier
+    one wrote of its first step and after.
+    """
 
     def __init__(self, path: str):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        # Appending, since a resumed run goes on in its folder; line by line, so that a killed one leaves whole lines.
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        # Appending, since a resumed run goes on in its folder; unbuffered, so that a killed one leaves whole lines.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._last: dict[str, Any] = {}
+        self._last_starts = 0
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         values = {tag: float(value) for tag, value in metrics.items()}
         values = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._last.get("step") != step:
+            self._last_starts = self._end_before(step) if not self._last else os.fstat(self._file.fileno()).st_size
+            self._last = {"step": step}
+        self._file.truncate(self._last_starts)
+        self._last |= values
+        self._file.write((json.dumps(self._last) + "\n").encode())
+
+    def _end_before(self, step: int) -> int:
+        """Return where the lines of earlier steps end; a line that a killed run left half written ends them too."""
+        end = 0
+        with open(self._file.name, "rb") as lines:
+            for line in lines:
+                try:
+                    earlier = json.loads(line)["step"] < step
+                except (ValueError, KeyError, TypeError):
+                    earlier = False
+                if not earlier:
+                    break
+                end += len(line)
+        return end
 
     def close(self) -> None:
         self._file.close()

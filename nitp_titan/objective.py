@@ -123,7 +123,14 @@ def pair_mask(
     return mask_BL & (labels_BL != ignore_index)
 
 
-def nitp_loss(prediction: Tensor, target: Tensor | None, mask: Tensor, *, kind: LossKind = "cosine") -> Tensor:
+def nitp_loss(
+    prediction: Tensor,
+    target: Tensor | None,
+    mask: Tensor,
+    *,
+    kind: LossKind = "cosine",
+    stop_gradient: bool = True,
+) -> Tensor:
     """Sum a distance of predictions and implicit tokens over the True positions of ``mask`` (paper eq. 3, section 4).
 
     Per position, over the features:
@@ -133,12 +140,13 @@ def nitp_loss(prediction: Tensor, target: Tensor | None, mask: Tensor, *, kind: 
         generic_cosine: the mean cosine of the prediction with every other True position of its sequence
 
     A False position has no influence on value or gradients, even where it holds NaN or inf. The caller divides
-    the sum by the global count of pairs, and detaches the target where it is to be a constant.
+    the sum by the global count of pairs.
 
     Args:
         prediction: (..., D); (..., L, D) for "generic_cosine", whose sequences are the rows of the leading dims.
         target: (..., D), already shifted, or anything for "generic_cosine", which ignores it.
         mask: (...) bool.
+        stop_gradient: whether the target is a constant of the backward pass (sg in paper eq. 2).
 
     Returns:
         0-d; float64 where an input is float64, else float32.
@@ -166,6 +174,8 @@ def nitp_loss(prediction: Tensor, target: Tensor | None, mask: Tensor, *, kind: 
         raise ValueError(f"target: found None, expected a tensor of shape {tuple(prediction.shape)} for kind {kind!r}")
     if target.shape != prediction.shape:
         raise ValueError(f"target: found shape {tuple(target.shape)}, expected {tuple(prediction.shape)}")
+    if stop_gradient:
+        target = target.detach()
     dtype = torch.promote_types(dtype, target.dtype)
     prediction, target = _select(prediction, mask).to(dtype), _select(target, mask).to(dtype)
     if kind == "cosine":

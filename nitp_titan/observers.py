@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
@@ -33,7 +34,8 @@ class HiddenStateGeometry:
     @contextlib.contextmanager
     def observing(self, model_parts: list[nn.Module]) -> Iterator[None]:
         """Inside, the forward passes of the parts that have a final norm are observed; of no parts, none are."""
-        norms = [part.norm for part in model_parts if isinstance(part.norm, nn.Module)]
+        self._statistics = None
+        norms = [part.norm for part in model_parts if isinstance(getattr(part, "norm", None), nn.Module)]
         hooks = [norm.register_forward_hook(self._observe) for norm in norms]
         self._observing = bool(hooks)
         try:
@@ -44,10 +46,10 @@ class HiddenStateGeometry:
             self._observing = False
             self._valid_BL.clear()
 
-    def expect(self, valid_BL: torch.Tensor) -> None:
-        """Announce which tokens (B, L) of the next forward pass count."""
+    def expect(self, labels_BL: torch.Tensor) -> None:
+        """Announce the labels (B, L) of the next forward pass: tokens whose label is ignored do not count."""
         if self._observing:
-            self._valid_BL.append(valid_BL)
+            self._valid_BL.append(labels_BL != IGNORE_INDEX)
 
     def _observe(self, module: nn.Module, args: Any, h_BLD: torch.Tensor) -> None:
         h_BLD = h_BLD.detach()
@@ -84,7 +86,7 @@ class ExpertLoad:
     def begin_step(self) -> None:
         """Note the counts before a step that is to be logged: TorchTitan clears them only where it balances loads."""
         if self._counters:
-            self._before_LE = self._counts()
+            self._before_LE, self._after_LE = self._counts(), None
 
     def end_micro_batch(self) -> None:
         """Note the counts after a micro-batch, if the step is to be logged."""

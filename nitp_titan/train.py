@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nitp_titan.job import Job, JobError, load_job
+from nitp_titan.data.errors import DataError
+from nitp_titan.job import Job, JobError, Problem, load_job
 
 if TYPE_CHECKING:
     from nitp_titan.trainer import NITPTrainer
@@ -21,33 +23,40 @@ CONFIG_FILE = "--job.config_file"
 
 
 def split_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Take ``--job.config_file FILE`` (or ``=FILE``) out of the arguments; return the file and the rest."""
-    rest = list(arguments)
-    for i, argument in enumerate(rest):
-        if argument == CONFIG_FILE and i + 1 < len(rest):
-            return rest[i + 1], rest[:i] + rest[i + 2 :]
-        if argument.startswith(f"{CONFIG_FILE}="):
-            return argument.split("=", 1)[1], rest[:i] + rest[i + 1 :]
-    return None, rest
+    """Take ``--job.config_file FILE`` (or ``=FILE``; the last counts) out of the arguments; return it and the rest."""
+    file, rest, words = None, [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == CONFIG_FILE.replace("-", "_"):
+            file = value if equals else next(words, None)
+        else:
+            rest.append(word)
+    return file or None, rest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train a job; return the exit code: 0, or 2 for a bad job file or command line."""
+    """Train a job; return the exit code: 0, or 2 for a bad job file, command line or corpus."""
     config_file, overrides = split_config_file(sys.argv[1:] if arguments is None else arguments)
     if config_file is None:
-        print(USAGE, file=sys.stderr)
-        return 2
+        return _refuse(USAGE)
     launch_alone()
-    is_first = os.environ["RANK"] == "0"
     try:
         job = load_job(config_file, overrides, int(os.environ["WORLD_SIZE"]), for_training=True)
         config = build(job)
-    except JobError as error:
-        if is_first:
-            print(error, file=sys.stderr)
-        return 2
-    train(config, job)
+        train(config, job)
+    except (JobError, DataError) as error:
+        return _refuse(str(error))
     return 0
+
+
+def _refuse(message: str) -> int:
+    """Say what is wrong, once for all ranks, and return the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    else:
+        # torchrun ends every rank when the first one fails: the one that speaks has to come first.
+        time.sleep(2)
+    return 2
 
 
 def launch_alone() -> None:
@@ -85,19 +94,30 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
         logger.info(note)
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
-    if is_first:
+    resolved = run_folder / "config.toml"
+    # A run that goes on from its own resolved file keeps it: it says where each value came from.
+    if is_first and Path(job.file).absolute() != resolved.absolute():
         run_folder.mkdir(parents=True, exist_ok=True)
-        write_resolved(job, run_folder / "config.toml")
+        write_resolved(job, resolved)
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
     )
     trainer = None
     try:
-        trainer = config.build()
+        try:
+            trainer = config.build()
+        except ValueError as error:
+            # What the checks of the job could not see: it takes the data, the tokenizer or the model itself.
+            raise JobError([Problem(job.file, "", str(error))]) from error
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
+            if not trainer.steps_run:
+                logger.warning(
+                    f"Nothing to train: {run_folder} is at step {trainer.step} of {config.training.steps}. "
+                    "Set more training.steps, or another job.dump_folder"
+                )
     finally:
         if trainer is not None:
             trainer.close()

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.checkpointer import BaseCheckpointManager
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
-from nitp_titan.decoder import nitp_model_spec, nitp_shift, positions_or_default
+from nitp_titan.checkpoint import CheckpointManager
+from nitp_titan.decoder import count_pairs, nitp_model_spec
 from nitp_titan.loss import JointLoss
 from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.metrics import NITP, NTP, MetricsProcessor
 from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.objective import pair_mask
 from nitp_titan.observers import ExpertLoad, HiddenStateGeometry
 from nitp_titan.validate import Validator
 
@@ -27,10 +27,10 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 class NITPTrainer(Trainer):
     """TorchTitan's trainer; ``config.nitp`` turns its decoder into the NITP twin.
 
-    With ``nitp.enable`` off, model, loss and step are TorchTitan's own.
+    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``steps_run`` counts this process's steps.
 
     Raises:
-        ValueError: ``config.loss`` is not the joint loss although NITP is on, or is although it is off.
+        ValueError: the configuration asks for what does not go with NITP; the message says what.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -41,10 +41,13 @@ class NITPTrainer(Trainer):
         metrics: MetricsProcessor.Config = field(default_factory=MetricsProcessor.Config)
         validator: Validator.Config = field(default_factory=Validator.Config)
         lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
+        checkpoint: BaseCheckpointManager.Config = field(default_factory=CheckpointManager.Config)
 
     def __init__(self, config: Config):
         super().__init__(_with_nitp(config))
         self.nitp = config.nitp
+        self.steps_run = 0
+        _check_vocabulary(self.tokenizer, self.model_config)
         self.geometry = HiddenStateGeometry(self.parallel_dims, self.device)
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
         assert isinstance(self.metrics_processor, MetricsProcessor)
@@ -52,6 +55,7 @@ class NITPTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
+        self.steps_run += 1
         num_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
         batches = [next(data_iterator) for _ in range(num_batches)]
         if isinstance(self.loss_fn, JointLoss):
@@ -69,11 +73,9 @@ class NITPTrainer(Trainer):
         active = self.step >= self.nitp.start_step
         for part in self.model_parts:
             part.nitp_active = active  # pyrefly: ignore [bad-assignment]
-        shift = nitp_shift(self.nitp)
-        pairs = torch.zeros((), dtype=torch.float32)
+        pairs = torch.zeros((), dtype=torch.int64)
         for input_dict, labels in batches if active else []:
-            positions = positions_or_default(input_dict.get("positions"), input_dict["input"])
-            pairs += pair_mask(positions, labels, shift=shift, ignore_index=IGNORE_INDEX).sum()
+            pairs += count_pairs(self.nitp, input_dict, input_dict["input"], labels)
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.loss_fn.begin_step(dist_utils.dist_sum_tensor(pairs.to(self.device), mesh))
 
@@ -84,7 +86,7 @@ class NITPTrainer(Trainer):
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
         if isinstance(self.loss_fn, JointLoss):
             extra_kwargs["labels"] = labels
-        self.geometry.expect(labels != IGNORE_INDEX)
+        self.geometry.expect(labels)
         return inputs, labels, extra_kwargs
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
@@ -103,14 +105,48 @@ class NITPTrainer(Trainer):
 
 def _with_nitp(config: NITPTrainer.Config) -> NITPTrainer.Config:
     """Return the configuration that TorchTitan's trainer is to see."""
+    if problems := list(_problems(config)):
+        raise ValueError("; ".join(problems))
     if not config.nitp.enable:
-        if isinstance(config.loss, JointLoss.Config):
-            raise ValueError("nitp.enable is off, which is stock TorchTitan: JointLoss does not go with it")
         return config
-    if not isinstance(config.loss, JointLoss.Config):
-        raise ValueError(f"NITP needs loss JointLoss, found {config.loss}")
+    assert isinstance(config.loss, JointLoss.Config)
     return dataclasses.replace(
         config,
         model_spec=nitp_model_spec(config.model_spec, config.nitp, chunk_tokens=config.loss.chunk_tokens),
         loss=dataclasses.replace(config.loss, weight=config.nitp.weight),
     )
+
+
+def _check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+    """Refuse a tokenizer whose ids the embedding does not have, before an index error in the first step does."""
+    vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+    size = max(vocabulary, default=tokenizer.get_vocab_size() - 1) + 1
+    if size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {size - 1:,}, expected less than the model's vocabulary of "
+            f"{model_config.vocab_size:,}"
+        )
+
+
+def _problems(config: NITPTrainer.Config) -> Iterator[str]:
+    """Yield what does not go together. The job layer says the same with file and line; this is for other ways here."""
+    nitp, parallelism = config.nitp, config.parallelism
+    for name, part, ours in (("metrics", config.metrics, MetricsProcessor), ("validator", config.validator, Validator)):
+        if not isinstance(part, ours.Config):
+            yield f"{name}: found {type(part).__module__}'s Config, expected {ours.__module__}'s"
+    if not config.training.disable_cuda_graphs:
+        for key in ("geometry_freq", "start_step"):
+            if getattr(nitp, key) > 0 and (nitp.enable or key == "geometry_freq"):
+                found = getattr(nitp, key)
+                yield f"nitp.{key}: found {found}, expected 0 with CUDA graphs: a recorded step repeats itself"
+    if not nitp.enable:
+        if isinstance(config.loss, JointLoss.Config):
+            yield "nitp.enable is off, which is stock TorchTitan: JointLoss does not go with it"
+        return
+    if not isinstance(config.loss, JointLoss.Config):
+        yield f"NITP needs loss JointLoss, found {config.loss}"
+    if parallelism.spmd_backend != "partial_dtensor":
+        yield f'parallelism.spmd_backend: found {parallelism.spmd_backend!r}, expected "partial_dtensor" with NITP'
+    for key in ("pipeline_parallel_degree", "context_parallel_degree"):
+        if getattr(parallelism, key) > 1:
+            yield f"parallelism.{key}: found {getattr(parallelism, key)}, expected 1 with NITP in this version"

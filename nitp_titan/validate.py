@@ -11,10 +11,9 @@ from torchtitan.components import validate as upstream
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
-from nitp_titan.decoder import NITPDecoder, nitp_shift, positions_or_default
+from nitp_titan.decoder import NITPDecoder, count_pairs
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
-from nitp_titan.objective import pair_mask
 
 
 class Validator(upstream.Validator):
@@ -34,7 +33,7 @@ class Validator(upstream.Validator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Take the mean losses over the validation batches."""
         if isinstance(self.loss_fn, JointLoss):
-            self._pairs = torch.zeros((), dtype=torch.float32, device=utils.device_type)
+            self._pairs = torch.zeros((), dtype=torch.int64, device=utils.device_type)
             self.loss_fn.begin_step(self._pairs)
         super().validate(model_parts, step)
 
@@ -46,10 +45,9 @@ class Validator(upstream.Validator):
         model = model_parts[0]
         if isinstance(model, NITPDecoder):
             extra_kwargs["labels"] = labels
-            positions = positions_or_default(extra_kwargs.get("positions"), inputs)
             assert self._pairs is not None
             self._active = model.nitp_active
-            self._pairs += pair_mask(positions, labels, shift=nitp_shift(model.config.nitp)).sum()
+            self._pairs += count_pairs(model.config.nitp, extra_kwargs, inputs, labels)
         return inputs, labels, extra_kwargs
 
     def _losses(self, ntp: float) -> dict[str, float]:
@@ -59,8 +57,8 @@ class Validator(upstream.Validator):
         assert isinstance(self.loss_fn, JointLoss)
         assert self._pairs is not None
         mesh = self.parallel_dims.get_optional_mesh("loss")
-        nitp_sum, pairs = dist_utils.dist_sum_tensor(torch.stack([self.loss_fn.parts[1], self._pairs]), mesh).tolist()
-        nitp = nitp_sum / max(pairs, 1.0)
+        nitp_sum = dist_utils.dist_sum(self.loss_fn.parts[1], mesh)
+        nitp = nitp_sum / max(dist_utils.dist_sum(self._pairs, mesh), 1)
         return {
             "validation_metrics/loss": ntp + self.loss_fn.weight * nitp,
             VALIDATION_NTP: ntp,

@@ -54,6 +54,21 @@ def run_job(job: str, mode: str, steps: int, out: Path) -> list[str]:
     return problems_of(run, TAGS + JOBS[job])
 
 
+def device() -> str:
+    """Name the device that is about to be tested.
+
+    Raises:
+        SystemExit: there is a GPU that this torch cannot use: a CPU's results would pass for it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if list(Path("/dev").glob("nvidia[0-9]*")):
+        raise SystemExit(f"this machine has a GPU, but torch {torch.__version__} cannot use it; see nitp-titan env")
+    return "CPU"
+
+
 def main() -> int:
     """Run the jobs; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +78,7 @@ def main() -> int:
     out = (arguments.out or ROOT / "outputs" / time.strftime("smoke-%Y%m%d-%H%M%S")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     failed = False
+    print(f"Device: {device()}", flush=True)
     for job in JOBS:
         for mode in MODES:
             begin = time.monotonic()

@@ -112,7 +112,7 @@ def gradients(nitp: NITPConfig) -> dict[str, torch.Tensor]:
 
 
 def test_stop_gradient_decides_whether_the_target_is_trained():
-    # A target at the last block with no projector: without stop-gradient the loss also moves its target.
+    # Without stop-gradient the loss also moves its target, the first block's output.
     stopped, open_ = (gradients(NITPConfig(target_layer=1, stop_gradient=stop)) for stop in (True, False))
     assert not torch.allclose(stopped["tok_embeddings.weight"], open_["tok_embeddings.weight"])
     assert torch.allclose(stopped["projector.w2.weight"], open_["projector.w2.weight"])
@@ -155,18 +155,6 @@ def test_chunks_do_not_change_the_loss(chunk_tokens):
     logits = forward(built(spec), batch)
     expected = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
     torch.testing.assert_close(forward(twin, batch, labels=batch.labels)[0, 0], expected)
-
-
-def test_logits_exist_a_chunk_at_a_time(monkeypatch):
-    sizes = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, b=None: sizes.append((x.shape[0], w.shape[0])) or linear(x, w, b))
-    spec = backbone("nitp_titan", "debug")
-    batch = packed_batch(spec.model.vocab_size)
-    twin = built(nitp_model_spec(spec, NITPConfig(), chunk_tokens=10))
-    sizes.clear()
-    forward(twin, batch, labels=batch.labels).sum().backward()
-    assert max(rows for rows, columns in sizes if columns == spec.model.vocab_size) == 10
 
 
 def test_off_is_the_stock_spec_itself():

@@ -67,6 +67,47 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
+def test_a_run_resumes_from_before_its_start_step(tmp_path):
+    late = "--nitp.start_step=3"
+    assert call(*debug_job(tmp_path / "whole", "--training.steps=4", late)).returncode == 0
+    assert call(*debug_job(tmp_path / "parts", "--training.steps=2", late)).returncode == 0
+    resumed = call(*debug_job(tmp_path / "parts", "--training.steps=4", late))
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+def test_nitp_starts_from_a_checkpoint_of_stock_torchtitan(tmp_path):
+    assert call(*debug_job(tmp_path / "stock", "--training.steps=2", "--nitp.no-enable")).returncode == 0
+    resumed = call(*debug_job(tmp_path / "stock", "--training.steps=3"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "has no projector" in resumed.stdout
+    assert "Training starts at step 3" in resumed.stdout
+    fresh = ("--checkpoint.initial_load_path", str(tmp_path / "stock" / "checkpoint" / "step-2"))
+    started = call(*debug_job(tmp_path / "fresh", "--training.steps=1", *fresh))
+    assert started.returncode == 0, started.stderr
+    assert losses(tmp_path / "fresh")[1] < losses(tmp_path / "stock")[1] + 1
+
+
+def test_a_finished_run_says_so_and_keeps_its_file(tmp_path):
+    job = debug_job(tmp_path / "run", "--training.steps=1")
+    assert call(*job).returncode == 0
+    resolved = tmp_path / "run" / "config.toml"
+    before = resolved.read_text()
+    done = call("--job.config_file", str(resolved))
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to train" in done.stdout
+    assert resolved.read_text() == before
+
+
+def test_data_that_cannot_be_read_ends_with_2_and_a_line(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"content": "a"}\n')
+    data = ("--dataloader.dataset=text", f"--dataloader.dataset_path={tmp_path / 'data.jsonl'}")
+    done = call(*debug_job(tmp_path / "run", *data))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "content" in done.stderr
+
+
 def test_run_train_launches_several_ranks(tmp_path):
     config = {"CONFIG_FILE": "train_configs/debug.toml", "NGPU": "2", "PYTHON": sys.executable}
     words = debug_job(tmp_path / "run", "--training.steps=2", "--training.local_batch_size=4")[1:]
@@ -95,6 +136,8 @@ def test_a_bad_job_ends_with_2_and_one_line_a_problem(tmp_path, entry):
 def test_config_file_is_taken_out_of_the_words():
     assert split_config_file(["--a.b", "1", "--job.config_file", "f", "--c.d"]) == ("f", ["--a.b", "1", "--c.d"])
     assert split_config_file(["--job.config_file=f"]) == ("f", [])
+    assert split_config_file(["--job.config_file", "f", "--job.config-file", "g"]) == ("g", [])
+    assert split_config_file(["--job.config_file="]) == (None, [])
     assert split_config_file(["--a.b", "1"]) == (None, ["--a.b", "1"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -83,6 +84,29 @@ def test_accumulation_gives_the_losses_of_one_batch(tmp_path, corpus, flavor):
 def test_total_is_ntp_plus_weight_times_nitp(tmp_path, corpus):
     for total, ntp, nitp in losses(trainer_config(tmp_path, corpus, nitp=NITPConfig(weight=0.3))):
         assert total == pytest.approx(ntp + 0.3 * nitp, rel=1e-6)
+
+
+@pytest.mark.parametrize(("nitp", "shift"), [({}, 1), ({"shift": 0}, 0), ({"loss": "generic_cosine"}, 0)])
+def test_nitp_is_divided_by_the_pairs_of_all_micro_batches(tmp_path, corpus, nitp, shift):
+    config = trainer_config(tmp_path, corpus, nitp=NITPConfig(geometry_freq=0, **nitp))
+    config.training.steps = 1
+    seen: list[float] = []
+    with running(config) as trainer:
+        # Every seventh label is ignored, as in a masked prompt.
+        batches = list(itertools.islice(trainer.dataloader, 2))
+        for _, labels in batches:
+            labels.flatten()[::7] = -100
+        trainer.dataloader = batches
+        begin_step = trainer.loss_fn.begin_step
+        trainer.loss_fn.begin_step = lambda pairs: seen.append(pairs.item()) or begin_step(pairs)
+        trainer.train()
+    expected = 0
+    for inputs, labels in batches:
+        for positions, row in zip(inputs["positions"].tolist(), labels.tolist(), strict=True):
+            for t, label in enumerate(row):
+                follows = t + 1 < len(row) and positions[t + 1] == positions[t] + 1
+                expected += label != -100 and (follows or shift == 0)
+    assert seen == [expected]
 
 
 def test_before_the_start_step_the_projector_does_not_change_and_ntp_is_as_without_it(tmp_path, corpus):

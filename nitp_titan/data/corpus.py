@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nitp_titan.data.documents import ArrowDocuments, Documents, ListDocuments, ProcessedDocuments
+from nitp_titan.data.errors import DataError
 from nitp_titan.data.files import file_format, find_text_files, nearest_name, stdlib_files
 from nitp_titan.data.readers import (
     check_text,
@@ -84,12 +85,12 @@ def open_corpus(
             `datasets`. A shard of "text" is a file. The registry decides for itself.
 
     Raises:
-        ValueError: an unknown name, a path that matches nothing, data that cannot be read or that is not text.
+        DataError: an unknown name, a path that matches nothing, data that cannot be read or that is not text.
     """
     began = time.perf_counter()
     if dataset == "text":
         if not dataset_path:
-            raise ValueError("dataset = 'text' needs dataset_path: a file, a folder or a glob of text files")
+            raise DataError("dataset = 'text' needs dataset_path: a file, a folder or a glob of text files")
         corpus, files = _open_files(dataset_path, text_field, streaming)
     elif dataset == "python_stdlib":
         paths = stdlib_files()
@@ -101,12 +102,12 @@ def open_corpus(
         corpus, files = _open_registered(dataset, dataset_path), None
     else:
         names = dataset_names()
-        raise ValueError(
+        raise DataError(
             f"unknown dataset {dataset!r}{nearest_name(dataset, names)}: expected one of {', '.join(names)}, "
             f"or {HUB_PREFIX}owner/name for a data set of the Hugging Face hub"
         )
     if corpus.size == 0:
-        raise ValueError(f"dataset {corpus.name} has no document with text in it")
+        raise DataError(f"dataset {corpus.name} has no document with text in it")
     logger.info(
         "dataset %s: %d %s%s, opened in %.1f s",
         corpus.name,
@@ -124,7 +125,7 @@ def _open_files(dataset_path: str, text_field: str, streaming: bool) -> tuple[Co
     if streaming:
         for file in files:
             if file_format(file) == "parquet" and (problem := parquet_problem(file, text_field)):
-                raise ValueError(problem)
+                raise DataError(problem)
         return ShardedCorpus(name, len(files), lambda i, start: read_documents(files[i], text_field, start)), len(files)
     # One column per format, in the order of each format's first file: one load a format however many files there are.
     by_format: dict[str, list[Path]] = {}
@@ -146,7 +147,7 @@ def _load_txt(paths: list[Path], text_field: str):
         return _column(_load("text", paths, sample_by="document"), "text")
     except Exception as error:
         _name_bad_file(paths, text_field)
-        raise ValueError(f"text files could not be read: {_cause(error)}") from error
+        raise DataError(f"text files could not be read: {_cause(error)}") from error
 
 
 def _load_jsonl(paths: list[Path], text_field: str):
@@ -171,7 +172,7 @@ def _load_jsonl(paths: list[Path], text_field: str):
         return _column(datasets.Dataset.from_generator(_jsonl_rows, features=features, gen_kwargs=options), "text")
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        raise ValueError(str(cause) if isinstance(cause, ValueError) else _cause(error)) from error
+        raise DataError(str(cause) if isinstance(cause, DataError) else _cause(error)) from error
 
 
 def _jsonl_rows(paths: list[str], text_field: str, stamps: list) -> Iterator[dict[str, str]]:
@@ -184,7 +185,7 @@ def _jsonl_rows(paths: list[str], text_field: str, stamps: list) -> Iterator[dic
 def _load_parquet(paths: list[Path], text_field: str):
     for path in paths:
         if problem := parquet_problem(path, text_field):
-            raise ValueError(problem)
+            raise DataError(problem)
     paths = [path for path in paths if pq.read_metadata(path).num_rows]
     if not paths:  # `datasets` cannot hold a table without rows
         return pa.chunked_array([], type=pa.string())
@@ -192,7 +193,7 @@ def _load_parquet(paths: list[Path], text_field: str):
         column = _column(_load("parquet", paths, columns=[text_field]), text_field)
     except Exception as error:
         _name_bad_file(paths, text_field)
-        raise ValueError(f"parquet files could not be read: {_cause(error)}") from error
+        raise DataError(f"parquet files could not be read: {_cause(error)}") from error
     if column.null_count:
         _name_bad_file(paths, text_field)
     return column
@@ -201,18 +202,18 @@ def _load_parquet(paths: list[Path], text_field: str):
 def _open_hub(dataset: str, text_field: str, split: str, streaming: bool) -> Corpus:
     repository, _, config = dataset.removeprefix(HUB_PREFIX).partition(":")
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ValueError(f"dataset {dataset!r}: expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:config")
+        raise DataError(f"dataset {dataset!r}: expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:config")
     try:
         opened = datasets.load_dataset(repository, config or None, split=split, streaming=streaming)
     except Exception as error:
-        raise ValueError(
+        raise DataError(
             f"dataset {dataset!r}, split {split!r}, could not be opened: {_cause(error)}. Check the name, the "
             f"configuration ({HUB_PREFIX}{repository}:NAME) and the split; a private data set needs `hf auth login`. "
             "On a machine without a network, copy the files there and use dataset = 'text' with dataset_path."
         ) from error
     columns = opened.column_names
     if columns is not None and text_field not in columns:
-        raise ValueError(missing_field(f"dataset {dataset!r}", text_field, columns))
+        raise DataError(missing_field(f"dataset {dataset!r}", text_field, columns))
     if isinstance(opened, datasets.IterableDataset):
         if columns is not None:
             opened = opened.select_columns([text_field])
@@ -222,7 +223,7 @@ def _open_hub(dataset: str, text_field: str, split: str, streaming: bool) -> Cor
     kind = opened.features[text_field]
     if kind not in (datasets.Value("string"), datasets.Value("large_string")):
         check_text(opened[0][text_field], f"dataset {dataset!r}, row 0", text_field)
-        raise ValueError(f"dataset {dataset!r}: {text_field!r} holds {kind}, expected text")
+        raise DataError(f"dataset {dataset!r}: {text_field!r} holds {kind}, expected text")
     # Nobody can edit a hub data set for one null row: those are left out, as empty documents are.
     return DocumentCorpus(dataset, ArrowDocuments([_column(opened, text_field)]))
 
@@ -233,7 +234,7 @@ def _open_registered(dataset: str, dataset_path: str | None) -> Corpus:
     try:
         opened = entry.loader(path)
     except Exception as error:
-        raise ValueError(
+        raise DataError(
             f"dataset {dataset!r} could not be opened from {path!r}: {_cause(error)}. Without a network, point "
             "dataset_path at a local copy, or use dataset = 'text' or 'python_stdlib'."
         ) from error
@@ -255,7 +256,7 @@ def _sharded(name: str, dataset: datasets.IterableDataset, processor: Callable[[
 
 def _hub_text(row: dict[str, Any], text_field: str, dataset: str) -> str:
     if text_field not in row:
-        raise ValueError(missing_field(f"dataset {dataset!r}", text_field, row))
+        raise DataError(missing_field(f"dataset {dataset!r}", text_field, row))
     return "" if row[text_field] is None else check_text(row[text_field], f"dataset {dataset!r}", text_field)
 
 
@@ -272,7 +273,7 @@ def _column(dataset: datasets.Dataset, name: str):
 
 
 def _name_bad_file(paths: list[Path], text_field: str) -> None:
-    """Read the files again, in order, for the ValueError that names the file and the line."""
+    """Read the files again, in order, for the DataError that names the file and the line."""
     for path in paths:
         for _ in read_documents(path, text_field):
             pass

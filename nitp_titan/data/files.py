@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from nitp_titan.data.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -42,16 +44,16 @@ def find_text_files(dataset_path: str) -> list[Path]:
         At least one path. In a folder or a glob, files of other endings are left out, with one warning.
 
     Raises:
-        ValueError: nothing matches, a named file has an ending that is not read, or something cannot be read.
+        DataError: nothing matches, a named file has an ending that is not read, or something cannot be read.
     """
     if not dataset_path or not str(dataset_path).strip():
-        raise ValueError("dataset_path is empty: give a file, a folder or a glob of text files")
+        raise DataError("dataset_path is empty: give a file, a folder or a glob of text files")
     path = Path(os.path.expanduser(str(dataset_path)))
     # A file whose name has brackets or a star in it is a file first, and a glob only if it does not exist.
     if path.is_file():
         if file_format(path) is None:
             hint = "; rename it to .jsonl if it has one JSON object a line" if path.suffix == ".json" else ""
-            raise ValueError(
+            raise DataError(
                 f"dataset_path {str(path)!r} has an ending that is not read: expected {READABLE_ENDINGS}{hint}"
             )
         found, skipped = [path], []
@@ -64,12 +66,12 @@ def find_text_files(dataset_path: str) -> list[Path]:
         for candidate in candidates:
             (found if file_format(candidate) else skipped).append(candidate)
     if not found:
-        raise ValueError(_nothing_found(str(dataset_path), path, skipped))
+        raise DataError(_nothing_found(str(dataset_path), path, skipped))
     # `set`: a glob such as "**/**" yields a file more than once.
     found = sorted(set(found))
     for file in found:
         if not os.access(file, os.R_OK):
-            raise ValueError(f"dataset_path: {str(file)!r} cannot be read (permission denied)")
+            raise DataError(f"dataset_path: {str(file)!r} cannot be read (permission denied)")
     if skipped:
         endings = ", ".join(f"{n} x {e or 'no ending'}" for e, n in Counter(p.suffix for p in skipped).most_common(5))
         logger.warning(
@@ -88,7 +90,7 @@ def stdlib_files() -> list[Path]:
     Real text that every machine has. Tests, caches and installed packages are left out.
 
     Raises:
-        ValueError: the interpreter has no sources on disk (a zipped or frozen library).
+        DataError: the interpreter has no sources on disk (a zipped or frozen library).
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -97,7 +99,7 @@ def stdlib_files() -> list[Path]:
         subfolders[:] = [d for d in subfolders if d not in left_out]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise ValueError(f"dataset 'python_stdlib': this Python has no library sources in {str(root)!r}")
+        raise DataError(f"dataset 'python_stdlib': this Python has no library sources in {str(root)!r}")
     return sorted(files, key=lambda p: p.relative_to(root).parts)
 
 
@@ -111,7 +113,7 @@ def _walk(root: Path) -> Iterator[Path]:
     """Files below `root` that are not hidden, symbolic links followed; no folder is entered twice."""
 
     def fail(error: OSError):
-        raise ValueError(f"dataset_path: folder {error.filename!r} cannot be read ({error.strerror})")
+        raise DataError(f"dataset_path: folder {error.filename!r} cannot be read ({error.strerror})")
 
     entered = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):

@@ -11,6 +11,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.data.corpus import ShardedCorpus, open_corpus
+from nitp_titan.data.errors import DataError
 from nitp_titan.data.prefetch import Prefetcher
 from nitp_titan.data.streams import Batch, Cursor, RankSequences, make_source
 
@@ -28,7 +29,7 @@ class TextDataLoader(BaseDataLoader):
     DCP saves once and loads in place, so that a checkpoint of D ranks resumes on any D' that divides `num_streams`.
 
     Raises:
-        ValueError: a bad option, a corpus that cannot be opened, or more streams than the corpus or the ranks allow.
+        DataError: a bad option, a corpus that cannot be opened, or more streams than the corpus or the ranks allow.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -87,7 +88,7 @@ class TextDataLoader(BaseDataLoader):
         # One pass needs one stream: every rank draws all of it, see RankSequences.
         self._num_streams = config.num_streams if config.infinite else 1
         if isinstance(self._corpus, ShardedCorpus) and self._corpus.size < self._num_streams:
-            raise ValueError(_too_few_shards(self._corpus, self._num_streams, dp_world_size))
+            raise DataError(_too_few_shards(self._corpus, self._num_streams, dp_world_size))
         self._sequences_of_rank = partial(
             RankSequences,
             encode=partial(tokenizer.encode, add_bos=True, add_eos=True),
@@ -137,7 +138,7 @@ class TextDataLoader(BaseDataLoader):
         """Go on after the batches of `state_dict`; iterators that exist go on from there too. Empty: no change.
 
         Raises:
-            ValueError: naming what differs, if the state is that of other data.
+            DataError: naming what differs, if the state is that of other data.
         """
         if not state_dict:
             return
@@ -146,14 +147,14 @@ class TextDataLoader(BaseDataLoader):
         then |= {name: int(state_dict[name]) if name in state_dict else None for name in self._fixed}
         changed = [f"{name} (was {then[name]}, is {now[name]})" for name in now if then[name] != now[name]]
         if changed:
-            raise ValueError(
+            raise DataError(
                 "the data loader cannot resume from this checkpoint, as its data changed: "
                 f"{', '.join(changed)}. Restore it, or start the data afresh with "
                 "checkpoint.exclude_from_loading = ['dataloader']"
             )
         missing = [v for v in self._cursors if str(v) not in state_dict["streams"]]
         if missing:
-            raise ValueError(f"the checkpoint lacks the state of data streams {missing}: was it saved by every rank?")
+            raise DataError(f"the checkpoint lacks the state of data streams {missing}: was it saved by every rank?")
         self._cursors = {v: tuple(state_dict["streams"][str(v)].tolist()) for v in self._cursors}
         self._sequences = int(state_dict["sequences"])
         self._exhausted = False
@@ -221,11 +222,11 @@ def _to_tensors(batch: Batch) -> Item:
 def _check_options(config: TextDataLoader.Config, dp_world_size: int) -> None:
     for name, least in (("seed", 0), ("num_streams", 1), ("shuffle_buffer", 0), ("prefetch", 0)):
         if getattr(config, name) < least:
-            raise ValueError(f"dataloader.{name} = {getattr(config, name)}: expected at least {least}")
+            raise DataError(f"dataloader.{name} = {getattr(config, name)}: expected at least {least}")
     if config.infinite and config.num_streams % dp_world_size:
         below = config.num_streams // dp_world_size * dp_world_size
         choices = " or ".join(str(n) for n in (below, below + dp_world_size) if n)
-        raise ValueError(
+        raise DataError(
             f"dataloader.num_streams = {config.num_streams} cannot be shared out to {dp_world_size} data-parallel "
             f"ranks: the nearest multiple is {choices}"
         )

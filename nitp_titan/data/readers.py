@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import zstandard
 
+from nitp_titan.data.errors import DataError
 from nitp_titan.data.files import file_format, nearest_name
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
@@ -38,7 +39,7 @@ def read_documents(path: Path | str, text_field: str, start: int = 0) -> Iterato
         start: number of the first document to yield.
 
     Raises:
-        ValueError: naming the file, and the line or row, of anything that is not text.
+        DataError: naming the file, and the line or row, of anything that is not text.
     """
     kind = file_format(path)
     if kind == "text":
@@ -55,7 +56,7 @@ def read_jsonl(path: Path | str, text_field: str) -> Iterator[str]:
     """Text of each line of a .jsonl file; blank lines are no documents.
 
     Raises:
-        ValueError: naming the file and the line, for a line that is not a JSON object with a string in `text_field`.
+        DataError: naming the file and the line, for a line that is not a JSON object with a string in `text_field`.
     """
     try:
         with open_bytes(path) as lines:
@@ -65,21 +66,21 @@ def read_jsonl(path: Path | str, text_field: str) -> Iterator[str]:
                 try:
                     record = json.loads(line)
                 except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                    raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
+                    raise DataError(f"{path}, line {number}: not a JSON object: {error}") from None
                 yield _field(record, text_field, f"{path}, line {number}")
     except _READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def check_text(value: Any, where: str, text_field: str) -> str:
     """`value` if it is a string that UTF-8 can hold (a lone surrogate becomes "?").
 
     Raises:
-        ValueError: starting with `where`, for a value that is not a string.
+        DataError: starting with `where`, for a value that is not a string.
     """
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
-        raise ValueError(f"{where}: {text_field!r} holds {found} ({str(value)[:40]!r}), expected text")
+        raise DataError(f"{where}: {text_field!r} holds {found} ({str(value)[:40]!r}), expected text")
     if not value.isascii():
         value = value.encode("utf-8", errors="replace").decode("utf-8")
     return value
@@ -110,9 +111,9 @@ def missing_field(where: str, text_field: str, found) -> str:
 
 def _field(record: Any, text_field: str, where: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object with a field {text_field!r}, found {type(record).__name__}")
+        raise DataError(f"{where}: expected a JSON object with a field {text_field!r}, found {type(record).__name__}")
     if text_field not in record:
-        raise ValueError(missing_field(where, text_field, record))
+        raise DataError(missing_field(where, text_field, record))
     return check_text(record[text_field], where, text_field)
 
 
@@ -122,9 +123,9 @@ def _read_txt(path: Path | str) -> str:
             # Universal newlines, as `datasets` reads text.
             return io.TextIOWrapper(file, encoding="utf-8").read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except _READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _read_parquet(path: Path | str, text_field: str, start: int) -> Iterator[str]:
@@ -132,7 +133,7 @@ def _read_parquet(path: Path | str, text_field: str, start: int) -> Iterator[str
 
     problem = parquet_problem(path, text_field)
     if problem:
-        raise ValueError(problem)
+        raise DataError(problem)
     row = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):

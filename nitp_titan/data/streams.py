@@ -27,6 +27,7 @@ import numpy as np
 
 from nitp_titan.data.corpus import Corpus, DocumentCorpus, ShardedCorpus
 from nitp_titan.data.documents import Documents, cut_long_documents
+from nitp_titan.data.errors import DataError
 
 IGNORE_INDEX = -100
 """Label of padding, as `torchtitan.components.loss.IGNORE_INDEX`."""
@@ -115,7 +116,7 @@ class ShardSource:
                 block, place = block + 1, 0
             empty = 0 if found else empty + 1
             if empty > self._corpus.size:
-                raise ValueError(f"dataset {self._corpus.name} has no documents: {empty} shards in a row were empty")
+                raise DataError(f"dataset {self._corpus.name} has no documents: {empty} shards in a row were empty")
             q, index = q + self._stride, 0
 
     def after(self, q: int, index: int) -> tuple[int, int]:
@@ -170,7 +171,7 @@ class Stream:
         """Write the next sequence, and return how many tokens it has: fewer than L only at the end of a source.
 
         Raises:
-            ValueError: document after document has fewer than two tokens.
+            DataError: document after document has fewer than two tokens.
         """
         length, filled = len(inputs_L), 0
         while filled < length and self._next_document():
@@ -206,7 +207,7 @@ class Stream:
                 self.cursor = (q, index, start)
                 return True
             if useless > _MAX_USELESS:
-                raise ValueError(f"no text to train on: {useless} documents in a row have fewer than two tokens")
+                raise DataError(f"no text to train on: {useless} documents in a row have fewer than two tokens")
         return False
 
 

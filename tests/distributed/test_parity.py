@@ -17,6 +17,7 @@ TAGS = (
     "loss_metrics/global_avg_loss",
     "loss_metrics/ntp_loss",
     "loss_metrics/nitp_loss",
+    "grad_norm",
     "geometry/effective_rank",
     "geometry/mean_cosine_similarity",
 )
