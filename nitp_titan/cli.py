@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from nitp_titan import __version__
 from nitp_titan.job import JobError, load_job
 from nitp_titan.job.errors import did_you_mean
 from nitp_titan.job.explain import explain, explain_keys
+from nitp_titan.job.layout import DEGREES
 from nitp_titan.job.read import split_command_line
 from nitp_titan.job.schema import all_tables
+from nitp_titan.train import split_config_file
 
 _CHECK = """\
 Resolve, validate and explain a job file, without a GPU and without training.
@@ -23,18 +26,47 @@ Every key of every table can be given after the file; it overrides the file's:
 "none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, their defaults and what they mean.
 """
 
+_REPORT = """\
+Count a model's parameters and training FLOPs per token, what NITP adds to them (and what a multi-token-prediction
+head would), and estimate the memory of a rank. Nothing is trained and no weights are allocated.
+
+  nitp-titan report 9B-A1B --ngpu 8
+  nitp-titan report job.toml --ngpu 64 --json --parallelism.expert_parallel_degree 8
+"""
+
+_EXPORT = """\
+Write a training checkpoint as a Hugging Face folder that stock transformers load, without NITP's projector.
+
+CHECKPOINT is a step-N folder, or the folder of a run or of its checkpoints: the latest complete step then. The job
+file is the run's own config.toml where none is given.
+
+  nitp-titan export outputs/run/checkpoint/step-1000 exported --job.config_file job.toml --dtype bfloat16
+"""
+
+# Which ranks trained the model, and on what, does not matter to an export.
+_EXPORT_OVERRIDES = [f"--parallelism.{degree}=1" for degree in DEGREES]
+for _table in ("dataloader", "validator.dataloader"):
+    _EXPORT_OVERRIDES += [f"--{_table}.dataset=python_stdlib", f"--{_table}.dataset_path=none"]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``nitp-titan`` with ``argv`` (default: the process's) and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     overrides: list[str] = []
-    if words[:1] == ["check"]:
+    config_file = None
+    if words[:1] == ["export"]:
+        config_file, words = split_config_file(words)
+    if words[:1] in (["check"], ["report"], ["export"]):
         overrides, words = split_command_line(words)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     try:
         if arguments.command == "check":
             return _check(arguments, overrides + unknown)
+        if arguments.command == "report":
+            return _report(arguments, overrides + unknown)
+        if arguments.command == "export":
+            return _export(arguments, config_file, overrides + unknown)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return {"plot": _plot, "env": _env}[arguments.command](arguments)
@@ -68,6 +100,31 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
     check.add_argument("--keys", metavar="TABLE", nargs="?", const="", help="list the keys of a table, or of all")
 
+    report = commands.add_parser(
+        "report",
+        help="parameters, FLOPs and memory of a model, and what NITP adds",
+        description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="nitp-titan report FLAVOR|FILE [--ngpu N] [--json] [--table.key value ...]",
+        allow_abbrev=False,
+    )
+    report.add_argument("model", metavar="FLAVOR|FILE", help="a flavor of nitp_titan's, or a job file")
+    report.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face folder",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="nitp-titan export CHECKPOINT OUT [--job.config_file FILE] [--dtype DTYPE] [--table.key value ...]",
+        allow_abbrev=False,
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="step-N, or the folder of a run")
+    export.add_argument("out", metavar="OUT", type=Path, help="the folder to write, empty or not there yet")
+    dtypes = ("float32", "bfloat16", "float16")
+    export.add_argument("--dtype", choices=dtypes, help="dtype of the weights (default: the checkpoint's)")
+
     plot = commands.add_parser("plot", help="draw the curves of runs", description="Draw the curves of runs as a PNG.")
     plot.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run (job.dump_folder)")
     plot.add_argument("--out", metavar="FILE.png", type=Path, required=True, help="the picture to write")
@@ -93,14 +150,55 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.file is None:
         return _fail("nitp-titan check: expected a job file; see nitp-titan check --help")
     try:
-        world_size = arguments.ngpu or _positive(os.environ.get("WORLD_SIZE") or "1")
+        job = load_job(arguments.file, overrides, _world_size(arguments))
     except argparse.ArgumentTypeError as error:
         return _fail(f"WORLD_SIZE: {error}")
-    try:
-        job = load_job(arguments.file, overrides, world_size)
     except JobError as error:
         return _fail(str(error))
     print(explain(job), flush=True)
+    return 0
+
+
+def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from nitp_titan.report import render, report
+
+    try:
+        costs = report(arguments.model, overrides, _world_size(arguments))
+    except argparse.ArgumentTypeError as error:
+        return _fail(f"WORLD_SIZE: {error}")
+    except JobError as error:
+        return _fail(str(error))
+    print(json.dumps(costs, indent=2) if arguments.json else render(costs), flush=True)
+    return 0
+
+
+def _world_size(arguments: argparse.Namespace) -> int:
+    return arguments.ngpu or _positive(os.environ.get("WORLD_SIZE") or "1")
+
+
+def _export(arguments: argparse.Namespace, config_file: str | None, overrides: list[str]) -> int:
+    checkpoint = arguments.checkpoint.absolute()
+    if config_file is None:
+        places = [folder / "config.toml" for folder in (checkpoint, *checkpoint.parents[:2])]
+        config_file = next((str(place) for place in places if place.is_file()), None)
+    if config_file is None:
+        return _fail(
+            f"--job.config_file: expected the job's file, since {arguments.checkpoint} has no config.toml by it"
+        )
+    try:
+        job = load_job(config_file, [*overrides, *_EXPORT_OVERRIDES], 1)
+    except JobError as error:
+        return _fail(str(error))
+    from nitp_titan.runtime import prepare
+
+    prepare()
+    from nitp_titan.export import ExportError, export
+
+    try:
+        export(checkpoint, arguments.out, job, arguments.dtype)
+    except ExportError as error:
+        return _fail(str(error))
+    print(arguments.out, flush=True)
     return 0
 
 

@@ -49,8 +49,9 @@ def test_check_explains_a_job(name):
     code, out, error, torch = run("check", f"train_configs/{name}.toml")
     assert (code, error, torch) == (0, "", False)
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert list(rows)[:8] == ["job", "model", "nitp", "data", "steps", "optimizer", "layout", "output"]
-    assert len(out.splitlines()) <= 11
+    expected = ["job", "model", "nitp", "data", "steps", "optimizer", "layout", "memory", "cost", "output"]
+    assert list(rows)[:10] == expected
+    assert len(out.splitlines()) <= 13
     assert rows["model"].startswith(f"nitp_titan {name}: {6 if name == 'debug' else 4} blocks, width 128")
     assert ("8 experts, top 2" in rows["model"]) == (name == "debug_moe")
     assert rows["nitp"].startswith(f"cosine to block 1 of {6 if name == 'debug' else 4}, next token, weight 1")

@@ -12,11 +12,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.metrics import MetricsProcessor as StockMetricsProcessor
+from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator as StockValidator
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.trainer import Trainer
 
 from nitp_titan.loss import JointLoss
+from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.objective import next_token_mask
 from nitp_titan.trainer import NITPTrainer
 from nitp_titan.validate import Validator
 from tests.trainers import running, trainer_config, write_corpus
@@ -189,6 +194,75 @@ def test_validation_has_total_ntp_and_nitp(tmp_path, corpus):
     ntp, nitp = late["validation_metrics/ntp_loss"], late["validation_metrics/nitp_loss"]
     assert late["validation_metrics/loss"] == pytest.approx(ntp + 0.5 * nitp)
     assert 0 < nitp < 2
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_moe"])
+def test_compiled_blocks_projector_and_losses_are_the_eager_ones(tmp_path, corpus, flavor):
+    eager, compiled = (trainer_config(tmp_path / name, corpus, flavor=flavor) for name in ("eager", "compiled"))
+    # The backend that only traces: what a graph break or a wrong argument would stop, without a compiler.
+    compiled.compile = CompileConfig(enable=True, backend="aot_eager")
+    compiled.activation_checkpoint = SelectiveAC.Config()
+    for config in (eager, compiled):
+        config.training.steps = 2
+    found, expected = torch.tensor(losses(compiled)), torch.tensor(losses(eager))
+    # Tracing rounds otherwise, which the optimizer's first step enlarges.
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
+
+
+def test_bf16_run_follows_the_fp32_one(tmp_path, corpus):
+    exact, rounded = (trainer_config(tmp_path / name, corpus) for name in ("exact", "rounded"))
+    rounded.training.mixed_precision_param = "bfloat16"
+    torch.testing.assert_close(torch.tensor(losses(rounded)), torch.tensor(losses(exact)), rtol=2e-2, atol=0)
+
+
+def test_validation_losses_are_those_of_the_batches(tmp_path, corpus):
+    config = trainer_config(tmp_path, corpus)
+    config.validator = Validator.Config(enable=True, freq=1, steps=3, dataloader=config.dataloader)
+    config.training.steps = 1
+    config.optimizer = default_adamw(lr=0.0)
+    config.lr_scheduler.warmup_steps = 0
+    with running(config) as trainer:
+        model, sums, labelled, pairs = trainer.model_parts[0], torch.zeros(2), 0, 0
+        for inputs, labels in itertools.islice(trainer.dataloader, 3):
+            masks = model.get_attention_masks(positions=inputs["positions"])
+            with torch.no_grad():
+                sums += model(inputs["input"], inputs["positions"], masks, labels=labels)[0]
+            labelled += labels.numel()
+            pairs += next_token_mask(inputs["positions"]).sum()
+        trainer.dataloader.load_state_dict(trainer.dataloader.state_dict())
+        trainer.train()
+    (line,) = metric_lines(tmp_path)
+    assert line["validation_metrics/ntp_loss"] == pytest.approx(sums[0].item() / labelled, rel=1e-5)
+    assert line["validation_metrics/nitp_loss"] == pytest.approx(sums[1].item() / pairs.item(), rel=1e-5)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, corpus):
+    config = trainer_config(tmp_path, corpus)
+    config.model_spec = model_registry("debug", vocab_size=256)
+    with (
+        pytest.raises(ValueError, match="ids up to 257, expected less than the model's vocabulary of 256"),
+        running(config),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("parallelism", ParallelismConfig(spmd_backend="full_dtensor"), 'expected "partial_dtensor" with NITP'),
+        ("parallelism", ParallelismConfig(pipeline_parallel_degree=2), "pipeline_parallel_degree: found 2"),
+        ("parallelism", ParallelismConfig(context_parallel_degree=2), "context_parallel_degree: found 2"),
+        ("training", TrainingConfig(), "geometry_freq: found 5, expected 0 with CUDA graphs"),
+        ("metrics", StockMetricsProcessor.Config(), "metrics: found torchtitan.components.metrics"),
+        ("validator", StockValidator.Config(), "validator: found torchtitan.components.validate"),
+    ],
+)
+def test_what_does_not_go_with_nitp_is_refused_from_python_too(tmp_path, corpus, key, value, message):
+    config = trainer_config(tmp_path, corpus, nitp=NITPConfig(geometry_freq=5))
+    setattr(config, key, value)
+    with pytest.raises(ValueError, match=message):
+        NITPTrainer(config)
 
 
 def test_loss_and_switch_must_agree(tmp_path, corpus):

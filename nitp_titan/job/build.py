@@ -16,6 +16,7 @@ from nitp_titan.job.errors import JobError, Problem, one_of, quote
 from nitp_titan.job.models import OURS, ModelFacts, facts_of, modules
 from nitp_titan.job.resolve import Job
 from nitp_titan.job.schema import OUR_TABLES
+from nitp_titan.job.shape import changes_of
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model_spec import ModelSpec
@@ -37,7 +38,12 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
 
     problems: list[Problem] = []
     parts: dict[str, Any] = {
-        "model_spec": model_spec(job["model"]["module"], job["model"]["flavor"], job["model"]["attn_backend"]),
+        "model_spec": model_spec(
+            job["model"]["module"],
+            job["model"]["flavor"],
+            job["model"]["attn_backend"],
+            **changes_of(job["model.shape"]),
+        ),
         "dump_folder": job["job"]["dump_folder"],
         "hf_assets_path": job["model"]["hf_assets_path"],
     }
@@ -66,13 +72,16 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
     raise JobError(problems)
 
 
-def model_spec(module: str, flavor: str, attn_backend: str) -> ModelSpec:
-    """Return the plain backbone, without NITP, from ours, TorchTitan's or somebody else's ``model_registry``."""
+def model_spec(module: str, flavor: str, attn_backend: str, **shape: Any) -> ModelSpec:
+    """Return the plain backbone, without NITP, from ours, TorchTitan's or somebody else's ``model_registry``.
+
+    ``shape`` are the fields of :class:`Shape` in which a model of ours differs from its flavor.
+    """
     _prepare()
     if module == OURS:
         from nitp_titan.models.registry import model_registry
 
-        return model_registry(flavor, attn_backend=attn_backend)
+        return model_registry(flavor, attn_backend=attn_backend, **shape)
     path = module if "." in module else f"torchtitan.models.{module}"
     registry = importlib.import_module(path).model_registry
     takes_backend = "attn_backend" in inspect.signature(registry).parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft, Unknown
-from nitp_titan.job.layout import Layout
+from nitp_titan.job.layout import DEGREES, Layout, expert_degree
 from nitp_titan.job.schema import all_tables
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -21,12 +21,26 @@ STATIC: dict[str, dict[str, Any]] = {
 
 def derive(draft: Draft) -> None:
     """Fill in the defaults that depend on the machine, the model or other keys."""
-    draft.notes.clear()
+    draft.restore()
     for rule in RULES:
         try:
             rule(draft)
         except Unknown:
             continue
+
+
+def _layout(draft: Draft) -> None:
+    degrees = {key: draft.get("parallelism", key) for key in DEGREES}
+    world = draft.world_size
+    if world == 1 or not all(draft.is_default("parallelism", key) for key in degrees):
+        return
+    # TorchTitan's own default shards over all ranks. It stays -1, so that the resolved file fits other worlds too.
+    text = f"layout: FSDP over {world} ranks"
+    experts = expert_degree(world, draft.facts().num_experts)
+    if experts > 1:
+        draft.derive("parallelism", "expert_parallel_degree", experts)
+        text += f", experts over {experts}"
+    draft.notes.append(f"{text} (chosen for {world} ranks; set parallelism.* to choose)")
 
 
 def _device(draft: Draft) -> None:
@@ -92,17 +106,30 @@ def _validation_data(draft: Draft) -> None:
             draft.derive(table, key, draft.get("dataloader", key))
 
 
+def _local_batch(draft: Draft) -> None:
+    local, total = draft.get("training", "local_batch_size"), draft.get("training", "global_batch_size")
+    ranks = Layout.of(draft).data_parallel
+    if draft.is_written("training", "local_batch_size") or local < 1 or total < 1 or total % ranks:
+        return
+    share = total // ranks
+    fitting = max(size for size in range(1, min(local, share) + 1) if share % size == 0)
+    if fitting < local:
+        draft.replace("training", "local_batch_size", fitting)
+        each = f"{total} sequences over {ranks} rank" + "s" * (ranks > 1)
+        draft.notes.append(f"training.local_batch_size is {fitting}, not {local}: {each} are {share} each")
+
+
 def _global_batch(draft: Draft) -> None:
     # Written out, so that the resolved file gives the same batches on another number of ranks.
     if draft.get("training", "global_batch_size") == -1:
         dp = Layout.of(draft).data_parallel
         value = draft.get("training", "local_batch_size") * dp
         if value > 0:
-            setting = draft.settings["training", "global_batch_size"]
-            draft.settings["training", "global_batch_size"] = type(setting)(value, "nitp_titan")
+            draft.replace("training", "global_batch_size", value)
 
 
 RULES = (
+    _layout,
     _device,
     _recomputation,
     _geometry,
@@ -110,6 +137,7 @@ RULES = (
     _experts,
     _last_checkpoint,
     _validation_data,
+    _local_batch,
     _global_batch,
 )
-"""In this order: CUDA graphs depend on the geometry."""
+"""In this order: CUDA graphs depend on layout and geometry."""

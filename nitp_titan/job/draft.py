@@ -41,6 +41,8 @@ class Draft:
     """Keys whose value was wrong: what stands in ``settings`` is only the default."""
     model: ModelFacts | None = None
     notes: list[str] = field(default_factory=list)
+    replaced: Layer = field(default_factory=dict)
+    """What stood where :meth:`replace` has put something else."""
 
     def get(self, table: str, key: str) -> Any:
         """Return a value.
@@ -70,15 +72,31 @@ class Draft:
         """Whether neither file, command line nor flavor sets the key."""
         return self.settings[table, key].source in ("nitp_titan", "upstream")
 
+    def is_written(self, table: str, key: str) -> bool:
+        """Whether file or command line sets the key."""
+        return self.settings[table, key].source in ("file", "command line")
+
     def derive(self, table: str, key: str, value: Any) -> None:
         """Give a default of nitp_titan's to a key that nobody has set."""
         if self.is_default(table, key):
-            self.settings[table, key] = Setting(value, "nitp_titan")
+            self.replace(table, key, value)
+
+    def replace(self, table: str, key: str, value: Any) -> None:
+        """Put a value of nitp_titan's in a setting's place."""
+        self.replaced.setdefault((table, key), self.settings[table, key])
+        self.settings[table, key] = Setting(value, "nitp_titan")
+
+    def restore(self) -> None:
+        """Undo what :meth:`derive` and :meth:`replace` have done, notes included."""
+        self.settings.update(self.replaced)
+        self.replaced.clear()
+        self.notes.clear()
 
     def problem(self, table: str, key: str | Iterable[str], message: str, hint: str = "") -> Problem:
-        """Return a problem with a key; of several keys, with the first that somebody has set."""
+        """Return a problem with a key; of several keys, with the first that the user, else the flavor, sets."""
         keys = [key] if isinstance(key, str) else list(key)
-        name = next((k for k in keys if not self.is_default(table, k)), keys[0])
+        by_flavor = next((k for k in keys if not self.is_default(table, k)), keys[0])
+        name = next((k for k in keys if self.is_written(table, k)), by_flavor)
         setting = self.settings[table, name]
         if setting.source == "command line":
             return Problem(COMMAND_LINE, f"--{table}.{name}", message, hint)

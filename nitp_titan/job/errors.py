@@ -35,8 +35,9 @@ class JobError(ValueError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         unique = dict.fromkeys(problems)
-        # In the order in which a reader meets them: the file from top to bottom, then the command line.
-        self.problems = sorted(unique, key=lambda p: (p.where == COMMAND_LINE, p.line or 0))
+        # In the order in which a reader meets them: each file from top to bottom, then the command line.
+        files = list(dict.fromkeys(problem.where for problem in unique))
+        self.problems = sorted(unique, key=lambda p: (p.where == COMMAND_LINE, files.index(p.where), p.line or 0))
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nitp_titan.job.check import loss_name
+from nitp_titan.job.errors import quote
 from nitp_titan.job.resolve import Job
 from nitp_titan.job.schema import all_tables, describe
+from nitp_titan.job.shape import changes_of
+from nitp_titan.report import summary
+
+_SAVES_MEMORY = 'more ranks, a smaller training.local_batch_size or activation_checkpoint.mode = "full" take less'
 
 
 def explain(job: Job) -> str:
-    """Return the job as some ten lines of text: model, NITP, data, batch, schedule, layout, output, warnings."""
+    """Return the job as a dozen lines of text: what is trained, on what, how, where to, at what cost, and warnings."""
+    memory, cost = summary(job)
+    misfit = [("warning", f"the memory does not fit: {_SAVES_MEMORY}")] if "does not fit" in memory else []
     rows = [
         *([("job", job["job"]["description"])] if job["job"]["description"] else []),
         ("model", _model(job)),
@@ -19,8 +26,11 @@ def explain(job: Job) -> str:
         ("steps", _steps(job)),
         ("optimizer", _optimizer(job)),
         ("layout", _layout(job)),
+        *([("memory", memory)] if memory else []),
+        *([("cost", f"NITP: {cost}")] if cost else []),
         ("output", _output(job)),
         *[("note", note) for note in job.notes],
+        *misfit,
         *[("warning", str(warning)) for warning in job.warnings],
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
@@ -28,7 +38,8 @@ def explain(job: Job) -> str:
 
 def _model(job: Job) -> str:
     table, model = job["model"], job.model
-    name = f"{table['module']} {table['flavor']}"
+    changed = [f"{key} = {quote(value)}" for key, value in changes_of(job["model.shape"]).items()]
+    name = f"{table['module']} {table['flavor']}" + (f" with {', '.join(changed)}" if changed else "")
     if model is None:
         return name
     parts = [f"{model.n_layers} blocks", f"width {model.dim:,}", f"vocabulary {model.vocab_size:,}"]
@@ -127,7 +138,6 @@ def explain_keys(table: str | None = None) -> Iterator[str]:
         KeyError: no such table.
     """
     from nitp_titan.job.defaults import STATIC
-    from nitp_titan.job.errors import quote
 
     for name in [table] if table else all_tables():
         yield f"[{name}]"

@@ -20,6 +20,21 @@ DEGREES = (
 )
 
 
+NODE = 8
+"""GPUs of a node."""
+
+
+def expert_degree(world_size: int, num_experts: int) -> int:
+    """Return the degree of expert parallelism that is chosen for a model; 1 for a dense one."""
+    torch = machine.torch_version()
+    # gloo's all-to-all fails on newer torch (nitp-titan env).
+    if not num_experts or torch < (2, 13) or (torch >= (2, 15) and not machine.has_gpu()):
+        return 1
+    # Within a node: the all-to-all of every block with experts stays on NVLink.
+    degrees = range(1, min(world_size, NODE) + 1)
+    return max(degree for degree in degrees if world_size % degree == 0 and num_experts % degree == 0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Degrees of parallelism of a world that they fit."""
@@ -205,7 +220,14 @@ def check_batch(draft: Draft) -> Iterator[Problem]:
     layout = Layout.of(draft)
     local, total = draft.get("training", "local_batch_size"), draft.get("training", "global_batch_size")
     ranks = layout.data_parallel
-    if local > 0 and total > 0 and total % (local * ranks):
+    if total > 0 and total % ranks and not draft.is_written("training", "local_batch_size"):
+        yield draft.problem(
+            "training",
+            "global_batch_size",
+            f"found {total}, expected a multiple of the data-parallel degree {ranks}",
+            _neighbours(total, ranks),
+        )
+    elif local > 0 and total > 0 and total % (local * ranks):
         yield draft.problem(
             "training",
             ("global_batch_size", "local_batch_size"),

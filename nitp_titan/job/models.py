@@ -41,7 +41,7 @@ def flavors(module: str) -> list[str]:
 
 
 def facts(module: str, flavor: str) -> ModelFacts | None:
-    """Return the facts of a flavor; None where only an import can tell."""
+    """Return the facts of a flavor as it is; None where only an import can tell."""
     if module == OURS:
         return facts_of_shape(FLAVORS[flavor].shape)
     known = upstream()["models"].get(module, {}).get(flavor)

@@ -4,54 +4,73 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli
 
 from nitp_titan.job.draft import Layer, Setting
 from nitp_titan.job.errors import COMMAND_LINE, Problem, did_you_mean, nearest, quote
+from nitp_titan.job.lines import lines_of_keys
 from nitp_titan.job.schema import Key, all_tables, choices, describe, from_toml, from_words, is_list
 
 Bad = set[tuple[str, str]]
+EXTENDS = "extends"
+"""The one key outside of any table; see :mod:`nitp_titan.job.extends`."""
 
 
-def read_file(path: str | Path) -> tuple[Layer, Bad, list[Problem]]:
-    """Read a job file.
+class OneFile(NamedTuple):
+    """A job file without the files that it extends."""
 
-    Returns:
-        Its settings, the keys whose value is wrong, and everything that is wrong with it.
-    """
-    path = Path(path)
+    layer: Layer
+    bad: Bad
+    """Keys whose value is wrong."""
+    problems: list[Problem]
+    """Everything that is wrong with it."""
+    parents: list[str]
+    """What ``extends`` says."""
+    extends_line: int | None
+    whole: bool
+    """False where what it says is not known: it cannot be read, or ``extends`` is wrong."""
+
+
+def read_one_file(path: Path) -> OneFile:
+    """Read a job file."""
+
+    def unreadable(message: str, hint: str = "", line: int | None = None) -> OneFile:
+        return OneFile({}, set(), [Problem(str(path), "", message, hint, line)], [], None, whole=False)
+
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
-        return {}, set(), [Problem(str(path), "", "no such file", _nearest_file(path))]
+        return unreadable("no such file", nearest_file(path))
     except UnicodeDecodeError as error:
         line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        return {}, set(), [Problem(str(path), "", "not UTF-8 text, which TOML is", line=line)]
+        return unreadable("not UTF-8 text, which TOML is", line=line)
     except OSError as error:
-        return {}, set(), [Problem(str(path), "", f"cannot be read: {error.strerror}")]
+        return unreadable(f"cannot be read: {error.strerror}")
     try:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         message = re.sub(r" \(at .*\)$", "", error.msg)
         where = f" (column {error.colno})" if getattr(error, "colno", None) else ""
-        return {}, set(), [Problem(str(path), "", f"TOML syntax error: {message}{where}", line=error.lineno)]
+        return unreadable(f"TOML syntax error: {message}{where}", line=error.lineno)
     except RecursionError as error:
-        return {}, set(), [Problem(str(path), "", str(error))]
-    reader = _Reader(str(path), _lines_of_keys(text))
+        return unreadable(str(error))
+    reader = _Reader(str(path), lines_of_keys(text))
     reader.document(document)
-    return reader.layer, reader.bad, reader.problems
+    line = reader.line((EXTENDS,))
+    return OneFile(reader.layer, reader.bad, reader.problems, reader.parents, line, reader.whole)
 
 
-def _nearest_file(path: Path) -> str:
+def nearest_file(path: Path, written: str | None = None) -> str:
+    """Return a hint to the file that was meant; ``written`` is how the file that asks for ``path`` calls it."""
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either"
     names = sorted(p.name for p in folder.glob("*.toml"))
     match = nearest(path.name, names) or (nearest(path.name + ".toml", names) if not path.suffix else "")
     if match:
-        return f'did you mean "{folder / match}"?'
+        return f'did you mean "{(folder if written is None else Path(written).parent) / match}"?'
     return f"{str(folder)!r} has {', '.join(names)}" if names else f"{str(folder)!r} has no .toml file"
 
 
@@ -63,15 +82,27 @@ class _Reader:
         self.layer: Layer = {}
         self.bad: Bad = set()
         self.problems: list[Problem] = []
+        self.parents: list[str] = []
+        self.whole = True
 
     def document(self, document: dict[str, Any]) -> None:
         for name, value in document.items():
             if name in all_tables():
                 self.table(name, value)
+            elif name == EXTENDS:
+                self.extends(value)
             elif isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
                 self.report((name,), f"[{name}]", "unknown table", did_you_mean(name, all_tables()))
             else:
                 self.report((name,), name, "a key outside of any table", _elsewhere(name))
+
+    def extends(self, value: Any) -> None:
+        names = value if isinstance(value, list) else [value]
+        if all(isinstance(name, str) and name and "\0" not in name for name in names):
+            self.parents = names
+        else:
+            self.whole = False
+            self.report((EXTENDS,), EXTENDS, f"found {quote(value)}, expected a file name or a list of file names")
 
     def table(self, table: str, value: Any) -> None:
         path = tuple(table.split("."))
@@ -123,6 +154,8 @@ def _nearest_key(table: str, name: str) -> str:
 
 def _elsewhere(name: str) -> str:
     """Return a hint to the tables that have such a key."""
+    if nearest(name, [EXTENDS]):
+        return f'"{EXTENDS}" stands at the top of the file, before the first table'
     owners = [table for table, keys in all_tables().items() if name in keys]
     if owners:
         return "it belongs to " + " or ".join(f"[{table}]" for table in owners)
@@ -130,48 +163,6 @@ def _elsewhere(name: str) -> str:
     match = nearest(name, names)
     owner = next((table for table, keys in all_tables().items() if match in keys), "")
     return f'did you mean "{match}" of [{owner}]?' if match else ""
-
-
-_TRIPLE = re.compile(r'"""|\'\'\'')
-_KEY_PART = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
-_KEY = rf"{_KEY_PART}(?:\s*\.\s*{_KEY_PART})*"
-_HEADER_LINE = re.compile(rf"\s*\[\[?\s*({_KEY})\s*\]")
-_KEY_LINE = re.compile(rf"\s*({_KEY})\s*=")
-
-
-def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """Return path of a key or table -> its line; tomli reads values only.
-
-    A line-by-line scan of a text that tomli has accepted: it may miss keys inside inline tables, whose line is then
-    their table's.
-    """
-    lines: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    closing = ""  # the quotes that end the multi-line string that the scan is in
-    for number, line in enumerate(text.splitlines(), start=1):
-        rest = line
-        if closing:
-            if closing not in line:
-                continue
-            rest, closing = line.partition(closing)[2], ""
-        elif match := _HEADER_LINE.match(line):
-            table = _parts(match[1])
-            lines.setdefault(table, number)
-        elif match := _KEY_LINE.match(line):
-            path = table + _parts(match[1])
-            for n in range(len(table) + 1, len(path) + 1):
-                lines.setdefault(path[:n], number)
-        while match := _TRIPLE.search(rest):
-            rest = rest[match.end() :]
-            if match[0] not in rest:
-                closing = match[0]
-                break
-            rest = rest.partition(match[0])[2]
-    return lines
-
-
-def _parts(key: str) -> tuple[str, ...]:
-    return tuple(part.strip("\"'") for part in re.findall(_KEY_PART, key))
 
 
 def split_command_line(words: list[str]) -> tuple[list[str], list[str]]:
@@ -195,7 +186,7 @@ def split_command_line(words: list[str]) -> tuple[list[str], list[str]]:
             continue
         limit = len(words) if key is None or is_list(key.type) else 1
         while limit and position < len(words) and not words[position].startswith("--"):
-            if key is not None and key.type is bool and words[position].lower() not in ("true", "false"):
+            if key is not None and key.flag and words[position].lower() not in ("true", "false", "none"):
                 break
             options.append(words[position])
             position, limit = position + 1, limit - 1
@@ -221,7 +212,7 @@ def read_command_line(words: list[str]) -> tuple[Layer, Bad, list[Problem]]:
             problems.append(_unknown_option(option))
             continue
         try:
-            if negated or (key.type is bool and not values):
+            if negated or (key.flag and not values):
                 if values:
                     raise ValueError
                 value: Any = not negated
@@ -262,7 +253,7 @@ def _find_key(name: str) -> tuple[Key | None, bool]:
     if key_name in keys:
         return keys[key_name], False
     flag = keys.get(key_name.removeprefix("no_"))
-    return (flag, True) if flag is not None and flag.type is bool and key_name.startswith("no_") else (None, False)
+    return (flag, True) if flag is not None and flag.flag and key_name.startswith("no_") else (None, False)
 
 
 def _unknown_option(option: str) -> Problem:

@@ -10,13 +10,15 @@ from typing import Any
 
 from nitp_titan.job import defaults
 from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model
-from nitp_titan.job.draft import Draft, Layer, Setting, run_checks
+from nitp_titan.job.draft import Draft, Layer, Setting, Unknown, run_checks
 from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.job.extends import ReadFile, read_file
 from nitp_titan.job.layout import Layout
-from nitp_titan.job.models import OURS, ModelFacts, facts
-from nitp_titan.job.read import read_command_line, read_file
+from nitp_titan.job.models import OURS, ModelFacts, facts, facts_of_shape
+from nitp_titan.job.read import read_command_line
 from nitp_titan.job.schema import all_tables, from_toml
-from nitp_titan.models.flavors import FLAVORS
+from nitp_titan.job.shape import check_shape, shape_of
+from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.nitp_config import NITPConfig
 
 Table = Mapping[str, Any]
@@ -50,6 +52,11 @@ class Job:
         return NITPConfig(**self.tables["nitp"])
 
     @property
+    def shape(self) -> Shape | None:
+        """Shape of a model of ours, with what the job changes in its flavor's; None for any other."""
+        return shape_of(self["model"]["module"], self["model"]["flavor"], self["model.shape"])
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.layout.world_size
@@ -69,15 +76,15 @@ def resolve(
     Returns:
         The draft, and everything that is wrong with it.
     """
-    from_file, bad, problems = read_file(file) if file is not None else ({}, set(), [])
-    if file is not None and problems and not from_file and not bad and not Path(file).is_file():
-        # No file: what the command line would have changed in it cannot be judged.
-        return Draft(str(file), world_size), problems
+    read = read_file(file) if file is not None else ReadFile({}, set(), [], whole=True)
     from_words, bad_words, word_problems = read_command_line(overrides)
-    problems += word_problems
+    problems = [*read.problems, *word_problems]
     draft = Draft(str(file) if file is not None else "defaults", world_size)
-    draft.bad = (bad - from_words.keys()) | bad_words
-    for layer in (_defaults(), from_file, from_words):
+    if not read.whole:
+        # What the rest is to agree with is not known.
+        return draft, problems
+    draft.bad = (read.bad - from_words.keys()) | bad_words
+    for layer in (_defaults(), read.layer, from_words):
         draft.settings.update(layer)
     flavor_layer = _flavor_layer(draft)
     draft.settings.update({key: s for key, s in flavor_layer.items() if draft.is_default(*key)})
@@ -85,8 +92,9 @@ def resolve(
         # What the flavor would have set is as unknown as the flavor.
         draft.bad |= {("model", "module"), ("model", "flavor")}
         draft.bad |= {key for key in _keys_of_flavors() if draft.is_default(*key)}
-    problems += unknown
-    draft.model = _facts(draft)
+    misshapen = list(run_checks(draft, [check_shape]))
+    problems += unknown + misshapen
+    draft.model = None if misshapen else _facts(draft)
     defaults.derive(draft)
     problems += run_checks(draft, CHECKS)
     if for_training:
@@ -122,9 +130,12 @@ def _keys_of_flavors() -> set[tuple[str, str]]:
 
 
 def _facts(draft: Draft) -> ModelFacts | None:
-    if draft.bad & {("model", "module"), ("model", "flavor")}:
+    try:
+        module, flavor, table = draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape")
+    except Unknown:
         return None
-    return facts(draft.get("model", "module"), draft.get("model", "flavor"))
+    shape = shape_of(module, flavor, table)
+    return facts_of_shape(shape) if shape else facts(module, flavor)
 
 
 def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False) -> Job:

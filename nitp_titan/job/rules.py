@@ -55,7 +55,7 @@ def check_ranges(draft: Draft) -> Iterator[Problem]:
     """Numbers that somebody has set are finite and within their range."""
     for table, key in draft.settings:
         lowest, highest = RANGES.get(f"{table}.{key}", (-_INF, _INF))
-        if (table, key) in draft.bad or draft.is_default(table, key) or table == "nitp":
+        if (table, key) in draft.bad or draft.is_default(table, key) or table in ("nitp", "model.shape"):
             continue
         value = draft.settings[table, key].value
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -85,6 +85,17 @@ def check_training(draft: Draft) -> Iterator[Problem]:
                 "type checking does not go with selective activation checkpointing and flex attention",
                 'set activation_checkpoint.mode = "full" or "none"',
             )
+
+
+def check_lr_scheduler(draft: Draft) -> Iterator[Problem]:
+    """An exponential decay never reaches 0."""
+    if draft.get("lr_scheduler", "decay_type") == "exponential" and draft.get("lr_scheduler", "min_lr_factor") == 0:
+        yield draft.problem(
+            "lr_scheduler",
+            ("min_lr_factor", "decay_type"),
+            'found min_lr_factor 0 with decay_type "exponential", expected a number above 0, at most 1',
+            "set min_lr_factor = 0.1, say",
+        )
 
 
 def check_pipeline(draft: Draft) -> Iterator[Problem]:
@@ -181,6 +192,7 @@ def check_validator(draft: Draft) -> Iterator[Problem]:
 CHECKS = (
     check_ranges,
     check_training,
+    check_lr_scheduler,
     check_pipeline,
     check_parallelism,
     check_compile,

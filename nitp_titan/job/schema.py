@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from nitp_titan.job import tables
+from nitp_titan.models.flavors import Shape
 from nitp_titan.nitp_config import NITPConfig
 
 UPSTREAM_SCHEMA = Path(__file__).with_name("upstream_schema.json")
@@ -21,6 +22,7 @@ UPSTREAM_SCHEMA = Path(__file__).with_name("upstream_schema.json")
 OUR_TABLES: dict[str, type] = {
     "job": tables.JobTable,
     "model": tables.ModelTable,
+    "model.shape": Shape,
     "nitp": NITPConfig,
     "float8": tables.Float8Table,
     "tokenizer": tables.TokenizerTable,
@@ -32,10 +34,21 @@ OUR_TABLES: dict[str, type] = {
 }
 """Table -> the dataclass that defines it."""
 
+# Tables whose keys are all optional: unset, another table decides ([model] flavor).
+_OPTIONAL_TABLES = ("model.shape",)
+
+# Keys of upstream's tables that mean more in ours, since NITPTrainer.Config has our class there: type and meaning.
+_EXTENDED: dict[tuple[str, str], tuple[Any, str]] = {
+    ("lr_scheduler", "decay_type"): (
+        Literal["linear", "sqrt", "cosine", "exponential"],
+        'Curve of the decay; "exponential" falls by a constant factor a step, down to min_lr_factor, which is above 0',
+    ),
+}
+
 # The order of a resolved file; a table of a later TorchTitan that is not here comes last.
-_ORDER = ["job", "model", "nitp", "float8", "tokenizer", "dataloader", "training", "optimizer", "lr_scheduler", "loss"]
-_ORDER += ["parallelism", "activation_checkpoint", "compile", "checkpoint", "metrics", "validator"]
-_ORDER += ["validator.dataloader", "profiler", "comm", "debug", "override"]
+_ORDER = ["job", "model", "model.shape", "nitp", "float8", "tokenizer", "dataloader", "training", "optimizer"]
+_ORDER += ["lr_scheduler", "loss", "parallelism", "activation_checkpoint", "compile", "checkpoint", "metrics"]
+_ORDER += ["validator", "validator.dataloader", "profiler", "comm", "debug", "override"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,11 @@ class Key:
         """Whether ``"none"`` unsets it."""
         return type(None) in typing.get_args(self.type)
 
+    @property
+    def flag(self) -> bool:
+        """Whether ``--table.key`` and ``--table.no-key`` set it."""
+        return self.type is bool or (self.optional and bool in typing.get_args(self.type))
+
 
 @functools.cache
 def upstream() -> dict[str, Any]:
@@ -70,8 +88,13 @@ def all_tables() -> dict[str, dict[str, Key]]:
             name: Key(table, name, parse_type(key["type"]), key["default"], key["doc"], "upstream")
             for name, key in keys.items()
         }
+    for (table, name), (tp, doc) in _EXTENDED.items():
+        found[table][name] = dataclasses.replace(found[table][name], type=tp, doc=doc)
     for table, cls in OUR_TABLES.items():
-        found[table] = _keys_of(table, cls)
+        keys = _keys_of(table, cls)
+        if table in _OPTIONAL_TABLES:
+            keys = {name: dataclasses.replace(key, type=key.type | None, default=None) for name, key in keys.items()}
+        found[table] = keys
     order = {table: place for place, table in enumerate(_ORDER)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 

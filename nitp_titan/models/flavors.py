@@ -161,8 +161,8 @@ def _paper_job(
         "lr_scheduler": {"warmup_steps": 2000, "decay_ratio": 0.2, **(decay or {"decay_type": "linear"})},
         "model": {"hf_assets_path": "assets/Qwen2-0.5B"},
         "tokenizer": {"name": "huggingface"},
-        # The paper's corpus is not public. TorchTitan's default one takes its place.
-        "dataloader": {"dataset": "c4"},
+        # The paper's corpus is not public: TorchTitan's default one takes its place, in streams for up to 256 ranks.
+        "dataloader": {"dataset": "c4", "num_streams": 256},
     }
 
 

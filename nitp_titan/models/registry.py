@@ -24,10 +24,12 @@ from torchtitan.models.common.config_utils import (
 )
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.protocols.model_spec import ModelSpec
 
+from nitp_titan.models.ernie import ErnieStateDictAdapter
 from nitp_titan.models.experts import DtypePreservingGroupedExperts
 from nitp_titan.models.flavors import FLAVORS, Shape
 
@@ -154,5 +156,5 @@ def model_registry(flavor: str, *, attn_backend: str = "flex", **shape: Any) -> 
         parallelize_fn=parallelize_qwen3,
         pipelining_fn=pipeline_llm,
         post_optimizer_build_fn=register_moe_load_balancing_hook,
-        state_dict_adapter=None,
+        state_dict_adapter=ErnieStateDictAdapter if changed.num_experts else Llama3StateDictAdapter,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from nitp_titan.nitp_config import NITPConfig
 from tests.ranks import run_on_ranks
@@ -22,7 +23,7 @@ TAGS = (
     "geometry/mean_cosine_similarity",
 )
 
-# flavor, number of ranks, fields of ParallelismConfig
+# flavor, number of ranks, fields of ParallelismConfig (and "activation_checkpoint")
 LAYOUTS = [
     ("debug", 2, {}),
     ("debug", 2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}),
@@ -31,6 +32,7 @@ LAYOUTS = [
     ("debug", 4, {"tensor_parallel_degree": 2}),
     ("debug_moe", 2, {}),
     ("debug_moe", 2, {"expert_parallel_degree": 2}),
+    ("debug_moe", 2, {"fsdp_reshard_after_forward": "always", "activation_checkpoint": "full"}),
 ]
 
 
@@ -48,7 +50,10 @@ def train(folder: Path, corpus: Path, seed_checkpoint: Path, flavor: str, local:
     config = trainer_config(folder, corpus, flavor=flavor, nitp=NITPConfig(geometry_freq=1))
     config.training.local_batch_size = local
     for name, value in parallelism.items():
-        setattr(config.parallelism, name, value)
+        if name == "activation_checkpoint":
+            config.activation_checkpoint = {"full": FullAC, "selective": SelectiveAC}[value].Config()
+        else:
+            setattr(config.parallelism, name, value)
     config.checkpoint.enable = config.checkpoint.load_only = True
     config.checkpoint.initial_load_path = str(seed_checkpoint)
     with running(config) as trainer:

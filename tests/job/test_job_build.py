@@ -24,6 +24,7 @@ from nitp_titan.job.resolve import resolve
 from nitp_titan.job.rules import CHECKS as RULES
 from nitp_titan.job.schema import OUR_TABLES, all_tables
 from nitp_titan.loss import JointLoss
+from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.trainer import NITPTrainer
@@ -49,6 +50,12 @@ def test_debug_job():
     assert isinstance(config.checkpoint, CheckpointManager.Config)
     assert config.activation_checkpoint is None
     assert (config.model_spec.name, config.model_spec.flavor) == ("nitp_titan", "debug")
+
+
+def test_exponential_decay_is_our_schedulers():
+    config = build("--lr_scheduler.decay_type=exponential", "--lr_scheduler.min_lr_factor=0.1")
+    assert type(config.lr_scheduler) is LRSchedulersContainer.Config
+    assert (config.lr_scheduler.decay_type, config.lr_scheduler.min_lr_factor) == ("exponential", 0.1)
 
 
 def test_every_upstream_key_reaches_the_configuration():
@@ -211,6 +218,7 @@ def refused_by_upstream(overrides: list[str]) -> bool:
         ["--debug.batch_invariant"],
         [*TYPES, "--activation_checkpoint.mode=selective"],
         [*TYPES, "--parallelism.pipeline_parallel_degree=2"],
+        ["--lr_scheduler.decay_type=exponential"],
         ["--validator.steps=0"],
         ["--validator.steps=-2"],
     ],

@@ -68,8 +68,17 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         ([*UPSTREAM, "--training.seq_len", "131080"], "found 131080, expected at most the model's 131072"),
         (["--training.seq_len", "0"], "--training.seq_len: found 0, expected at least 1"),
         (["--training.local_batch_size", "0"], "--training.local_batch_size: found 0, expected at least 1"),
-        (["--training.global_batch_size", "12"], "--training.global_batch_size: found a global_batch_size of 12, "
-         "expected a multiple of local_batch_size 8 x data-parallel degree 1 = 8; the nearest are 8 and 16"),
+        (["--training.global_batch_size", "12", "--training.local_batch_size=8"], "--training.global_batch_size: found "
+         "a global_batch_size of 12, expected a multiple of local_batch_size 8 x data-parallel degree 1 = 8; the "
+         "nearest are 8 and 16"),
+        (["--lr_scheduler.decay_type=exponentail"], '--lr_scheduler.decay_type: found "exponentail", expected one of '
+         '"linear", "sqrt", "cosine", "exponential"; did you mean "exponential"?'),
+        (["--lr_scheduler.decay_type=exponential"], "--lr_scheduler.decay_type: found min_lr_factor 0 with decay_type "
+         '"exponential", expected a number above 0, at most 1; set min_lr_factor = 0.1, say'),
+        (["--lr_scheduler.decay_type=exponential", "--lr_scheduler.min_lr_factor=0"], "--lr_scheduler.min_lr_factor: "
+         'found min_lr_factor 0 with decay_type "exponential"'),
+        (["--lr_scheduler.decay_type=exponential", "--lr_scheduler.min_lr_factor=1.5"], "--lr_scheduler.min_lr_factor: "
+         "found 1.5, expected 0..1"),
         (["--training.global_batch_size", "0"], "--training.global_batch_size: found 0, expected at least 1, or -1"),
         (["--optimizer.lr", "nan"], "--optimizer.lr: found nan, expected at least 0"),
         (["--optimizer.beta1", "1.5"], "--optimizer.beta1: found 1.5, expected 0..1"),
@@ -110,7 +119,10 @@ def test_refused(tmp_path, overrides, expected):
          "data-parallel degree 2"),
         (["--validator.enable", "--validator.steps=5", "--validator.dataloader.num_streams=3"], 2,
          "--validator.dataloader.num_streams: found 3, expected a multiple of the data-parallel degree 2"),
-        (["--training.global_batch_size=8"], 2, "expected a multiple of local_batch_size 8 x data-parallel degree 2"),
+        (["--training.global_batch_size=8", "--training.local_batch_size=8"], 2, "expected a multiple of "
+         "local_batch_size 8 x data-parallel degree 2"),
+        (["--training.global_batch_size=7"], 2, "--training.global_batch_size: found 7, expected a multiple of the "
+         "data-parallel degree 2; the nearest are 6 and 8"),
         (["--parallelism.context_parallel_degree=2"], 2, "context parallelism is not supported yet with NITP"),
         (["--parallelism.pipeline_parallel_degree=2"], 2, "pipeline parallelism is not supported yet with NITP"),
         ([*STOCK, "--parallelism.pipeline_parallel_degree=2"], 2, "needs torch >= 2.14, found torch 2.13"),
@@ -195,14 +207,8 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path, monkeypatch):
     assert "is not a tokenizer" in problem
 
 
-def test_byte_tokenizer_and_a_small_vocabulary(tmp_path, monkeypatch):
-    from dataclasses import replace
-
-    from nitp_titan.job import resolve
-
-    facts = resolve.facts
-    monkeypatch.setattr(resolve, "facts", lambda *names: replace(facts(*names), vocab_size=257))
-    [problem] = problems(tmp_path)
+def test_byte_tokenizer_and_a_small_vocabulary(tmp_path):
+    [problem] = problems(tmp_path, "--model.shape.vocab_size=257")
     assert problem == (
         "job.toml: [tokenizer] name (default of flavor): the byte tokenizer has 258 tokens, expected at most the "
         "model's vocabulary of 257"

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nitp_titan.job.read import read_command_line, read_file, split_command_line
+from nitp_titan.job.extends import read_file
+from nitp_titan.job.read import read_command_line, split_command_line
 
 
 def read(tmp_path: Path, text: str | bytes):
     path = tmp_path / "job.toml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    layer, bad, problems = read_file(path)
+    layer, bad, problems, _ = read_file(path)
     return layer, bad, [str(problem).removeprefix(str(tmp_path) + "/") for problem in problems]
 
 
@@ -97,8 +98,12 @@ def test_inline_table_has_the_line_of_its_table(tmp_path):
         ("dump_folder = 'a'", "job.toml:1: dump_folder: a key outside of any table; it belongs to [job]"),
         ("[training]\nstepps = 1", 'job.toml:2: [training] stepps: unknown key; did you mean "steps"?'),
         ("[training]\nlr = 1.0", "job.toml:2: [training] lr: unknown key; it belongs to [optimizer]"),
-        ("[training]\nlearn_layer = 1", 'job.toml:2: [training] learn_layer: unknown key; did you mean "target_layer" '
-         "of [nitp]?"),
+        ("[training]\ntarget_leyer = 1", "job.toml:2: [training] target_leyer: unknown key; did you mean "
+         '"target_layer" of [nitp]?'),
+        ("[model]\ndim = 64", "job.toml:2: [model] dim: unknown key; it belongs to [model.shape]"),
+        ("[model]\nshape = 3", "job.toml:2: [model.shape]: found 3, expected a table"),
+        ("[model]\nshpae = {}", 'job.toml:2: [model] shpae: unknown key; did you mean "shape"?'),
+        ("[model.shape]\nn_layer = 3", 'job.toml:2: [model.shape] n_layer: unknown key; did you mean "n_layers"?'),
         ("[validator]\ndataloadr = {}", 'job.toml:2: [validator] dataloadr: unknown key; did you mean "dataloader"?'),
         ("[training]\nsteps = '5'", 'job.toml:2: [training] steps: found "5", expected a whole number'),
         ("[training]\nsteps = 5.0", "job.toml:2: [training] steps: found 5.0, expected a whole number"),
@@ -184,6 +189,10 @@ def words(*arguments: str):
         (["--checkpoint.enable", "True"], {"checkpoint.enable": True}),
         (["--checkpoint.enable=False"], {"checkpoint.enable": False}),
         (["--nitp.target_layer", "none"], {"nitp.target_layer": None}),
+        (["--model.shape.n_layers", "12"], {"model.shape.n_layers": 12}),
+        (["--model.shape.tie_embeddings"], {"model.shape.tie_embeddings": True}),
+        (["--model.shape.no-tie_embeddings"], {"model.shape.tie_embeddings": False}),
+        (["--model.shape.tie_embeddings", "none"], {"model.shape.tie_embeddings": None}),
         (["--nitp.projector", "none"], {"nitp.projector": "none"}),
         (["--nitp.shift", "0"], {"nitp.shift": 0}),
         (["--job.description", "none"], {"job.description": "none"}),
@@ -242,5 +251,7 @@ def test_split_leaves_the_file_and_our_options():
         ["--checkpoint.enable", "a.toml", "--training.steps", "3", "--ngpu", "2", "--compile.enable", "true", "--x.y=1"]
     )
     assert others == ["a.toml", "--ngpu", "2"]
+    assert split_command_line(["--model.shape.router_norm", "a.toml"])[1] == ["a.toml"]
+    assert split_command_line(["--model.shape.router_norm", "none", "a.toml"])[1] == ["a.toml"]
     assert split_command_line(["--training.steps=3", "a.toml"])[1] == ["a.toml"]
     assert options == ["--checkpoint.enable", "--training.steps", "3", "--compile.enable", "true", "--x.y=1"]

@@ -11,7 +11,8 @@ import pytest
 import tomli_w
 
 from nitp_titan.job import snapshot
-from nitp_titan.job.read import read_command_line, read_file
+from nitp_titan.job.extends import read_file
+from nitp_titan.job.read import read_command_line
 from nitp_titan.job.schema import (
     OUR_TABLES,
     UPSTREAM_SCHEMA,
@@ -22,6 +23,7 @@ from nitp_titan.job.schema import (
     parse_type,
     render_type,
 )
+from nitp_titan.models.flavors import Shape
 
 KEYS = [key for keys in all_tables().values() for key in keys.values()]
 
@@ -38,8 +40,30 @@ def test_every_field_of_the_trainer_is_a_table():
     from nitp_titan.trainer import NITPTrainer
 
     fields = {field.name for field in dataclasses.fields(NITPTrainer.Config)}
-    covered = set(all_tables()) - {"job", "model", "float8", "validator.dataloader"}
+    covered = set(all_tables()) - {"job", "model", "model.shape", "float8", "validator.dataloader"}
     assert fields - {"model_spec", "hf_assets_path", "dump_folder"} == covered
+
+
+def test_types_are_those_of_the_trainers_own_configurations():
+    """Our trainer has subclasses of some of upstream's configurations, whose keys may take more."""
+    from nitp_titan.trainer import NITPTrainer
+
+    ours = []
+    for field in dataclasses.fields(NITPTrainer.Config):
+        if field.name in all_tables() and field.name not in OUR_TABLES:
+            config = field.default_factory()
+            ours += [field.name] * type(config).__module__.startswith("nitp_titan")
+            hints = typing.get_type_hints(type(config))
+            for key in all_tables()[field.name].values():
+                assert (key.type, key.default) == (hints[key.name], getattr(config, key.name)), key
+    assert "lr_scheduler" in ours
+
+
+def test_shape_table_is_the_shape_with_every_key_optional():
+    hints = typing.get_type_hints(Shape)
+    assert {key.name: key.type for key in all_tables()["model.shape"].values()} == {
+        field.name: hints[field.name] | None for field in dataclasses.fields(Shape)
+    }
 
 
 def test_dataloader_table_is_the_loaders():
@@ -91,7 +115,7 @@ def test_key_is_set_by_file_and_command_line(key: Key, tmp_path):
         document = {part: document}
     path = tmp_path / "job.toml"
     path.write_text(tomli_w.dumps(document))
-    layer, bad, problems = read_file(path)
+    layer, bad, problems, _ = read_file(path)
     assert (problems, bad) == ([], set())
     assert {k: s.value for k, s in layer.items()} == {(key.table, key.name): value}
 

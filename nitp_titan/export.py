@@ -1,0 +1,288 @@
+"""``nitp-titan export``: a training checkpoint as a Hugging Face folder, without the projector.
+
+The tensors go through memory one output file at a time, on the CPU and without a process group, whatever layout wrote
+the checkpoint. The folder appears under its name when it is complete.
+
+Call ``nitp_titan.runtime.prepare()`` before importing this.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.checkpointer.base import DATALOADER, LR_SCHEDULER, OPTIMIZER
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.models.common.decoder import Decoder
+
+from nitp_titan.data.tokenizer import ByteTokenizer
+from nitp_titan.decoder import PROJECTOR_PREFIX
+from nitp_titan.job import Job
+from nitp_titan.job.build import model_spec
+from nitp_titan.job.shape import changes_of
+from nitp_titan.models.hf import Architecture, architecture_of, hf_config, obstacles
+from nitp_titan.tokenizer_files import write_tokenizer
+
+SHARD_SIZE = "5GB"
+
+logger = logging.getLogger(__name__)
+
+# What a training checkpoint holds besides the model.
+_TRAINER_STATES = (DATALOADER, LR_SCHEDULER, OPTIMIZER, "train_state")
+
+
+class ExportError(ValueError):
+    """Nothing was written. ``problems`` holds what was found; ``str()`` is one line for each."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def export(checkpoint: Path, out: Path, job: Job, dtype: str | None = None) -> None:
+    """Write the backbone of a training checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: a ``step-N`` folder, or the folder of a run or of its checkpoints, whose latest complete step is
+            taken.
+        out: the folder to write; it must be empty or not exist.
+        job: the job that trained the model.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's. What transformers keeps in fp32 at any
+            dtype (routers, selection biases) is written in it.
+
+    Raises:
+        ExportError: no stock architecture fits the model, the checkpoint is not one of it or cannot be read, there
+            is no tokenizer, or the folder cannot be written.
+    """
+    out = Path(out).absolute()
+    changes = changes_of(job["model.shape"])
+    spec = model_spec(job["model"]["module"], job["model"]["flavor"], job["model"]["attn_backend"], **changes)
+    problems = obstacles(spec.model)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        problems.append(f"{out} exists already")
+    try:
+        tokenizer = _tokenizer(job)
+    except ExportError as error:
+        problems += error.problems
+    try:
+        source = Checkpoint(find_checkpoint(Path(checkpoint), job["checkpoint"]["folder"]))
+    except ExportError as error:
+        problems += error.problems
+    if problems:
+        raise ExportError(*problems)
+    plan = Plan.of(spec.model, source, TORCH_DTYPE_MAP[dtype] if dtype else None)
+    if plan.architecture.remark:
+        logger.warning(f"{plan.architecture.name}: {plan.architecture.remark}")
+
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        write_tokenizer(tokenizer, Path(job["model"]["hf_assets_path"]), part)
+        specials = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": tokenizer.eos_id}
+        name = str(plan.dtype).removeprefix("torch.")
+        _write_json(part / "config.json", hf_config(spec.model) | specials | {"pad_token_id": None, "dtype": name})
+        _write_json(part / "generation_config.json", specials)
+        plan.write(part)
+        part.rename(out)
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def find_checkpoint(path: Path, folder: str = "checkpoint") -> Path:
+    """Return the checkpoint that a path means: itself, or the latest complete step in it or in its ``folder``.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if not path.is_dir():
+        raise ExportError(f"{path} is not a folder")
+    if _is_complete(path):
+        return path
+    for place in (path, path / folder):
+        if steps := _complete_steps(place):
+            return steps[-1]
+    if re.fullmatch(r"step-\d+", path.name):
+        if any(path.glob("*.safetensors")):
+            raise ExportError(f"{path} is in Hugging Face format already (checkpoint.last_save_in_hf)")
+        others = ", ".join(step.name for step in _complete_steps(path.parent))
+        hint = f"; complete beside it: {others}" if others else ""
+        raise ExportError(f"{path} is incomplete: it has no .metadata, which is written last{hint}")
+    raise ExportError(f"{path} has no complete checkpoint: no step-N with a .metadata, here or in {folder}")
+
+
+def _complete_steps(folder: Path) -> list[Path]:
+    steps = [step for step in folder.glob("step-*") if re.fullmatch(r"step-\d+", step.name) and _is_complete(step)]
+    return sorted(steps, key=lambda step: int(step.name.removeprefix("step-")))
+
+
+def _is_complete(step: Path) -> bool:
+    return (step / ".metadata").is_file()
+
+
+class Checkpoint:
+    """The tensors of a training checkpoint, read when they are asked for.
+
+    Raises:
+        ExportError: the checkpoint cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reader = dcp.FileSystemReader(folder)
+        try:
+            self.entries = self.reader.read_metadata().state_dict_metadata
+        except Exception as error:  # a pickle: anything can be wrong with it
+            raise ExportError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+    def problems(self, model: dict[str, torch.Tensor]) -> list[str]:
+        """Return in what the checkpoint differs from a model's state dict; the projector is not looked at."""
+        others = [name for name in self.entries if name not in model and not name.startswith(PROJECTOR_PREFIX)]
+        extra = [name for name in others if name.partition(".")[0] not in _TRAINER_STATES]
+        missing = [name for name in model if name not in self.entries]
+        sizes = [(name, getattr(self.entries.get(name), "size", None), tensor.shape) for name, tensor in model.items()]
+        wrong = [f"{n} {_size(s)}, not {_size(m)}" for n, s, m in sizes if n in self.entries and s != m]
+        found = {"lacks tensors": missing, "has tensors too many": extra, "has tensors of other sizes": wrong}
+        return [f"{self.folder} {what} for the job's model: {_a_few(names)}" for what, names in found.items() if names]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        entry = self.entries[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.properties.dtype
+
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return tensors, whole and on the CPU."""
+        tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(tensors, storage_reader=self.reader, no_dist=True)
+        except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+            raise ExportError(f"{self.folder} cannot be read: {type(error).__name__}: {error}") from error
+        return tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which tensor of the checkpoint each tensor of the export is made of, and the files that they go to."""
+
+    architecture: Architecture
+    adapter: Any
+    source: Checkpoint
+    dtype: torch.dtype
+    """Of most tensors."""
+    origins: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+    """Name -> size and dtype, on the meta device."""
+
+    @classmethod
+    def of(cls, config: Decoder.Config, source: Checkpoint, dtype: torch.dtype | None) -> Plan:
+        """Match a checkpoint with a decoder's configuration.
+
+        Raises:
+            ExportError: it is another model's checkpoint, or has values that the architecture has no place for.
+        """
+        architecture = architecture_of(config)
+        assert architecture is not None
+        with torch.device("meta"):
+            model = config.build().state_dict()
+        if problems := source.problems(model):
+            raise ExportError(*problems)
+        adapter = architecture.adapter(config, None)
+        origins: dict[str, str] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        homeless = []
+        for origin, tensor in model.items():
+            try:
+                renamed = adapter.to_hf({origin: tensor})
+            except KeyError:
+                renamed = {}
+            for name, part in renamed.items():
+                kept = torch.float32 if name.endswith(architecture.keep_fp32) else None
+                origins[name] = origin
+                # A tensor of its own: one expert has its share of the experts' bytes.
+                tensors[name] = torch.empty_like(part, dtype=kept or dtype or source.dtype(origin))
+            if not renamed and not (config.enable_weight_tying and origin == "lm_head.weight"):
+                homeless.append(origin)
+        # Of upstream's Qwen3 MoE that is the selection bias; all zeros, it does nothing.
+        if lost := [name for name in homeless if source.load([name])[name].any()]:
+            raise ExportError(f"{architecture.name} has no place for what is not zero: {_a_few(lost)}")
+        return cls(
+            architecture=architecture,
+            adapter=adapter,
+            source=source,
+            dtype=dtype or source.dtype("tok_embeddings.weight"),
+            origins=origins,
+            tensors=tensors,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the tensors as safetensors, with an index where they are several files.
+
+        Raises:
+            ExportError: the checkpoint cannot be read, or a value is not finite in the dtype of the export.
+        """
+        files = split_torch_state_dict_into_shards(self.tensors, max_shard_size=SHARD_SIZE)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(
+                f"{self.source.folder.name} -> {self.architecture.name}", total=files.metadata["total_size"]
+            )
+            for filename, names in files.filename_to_tensors.items():
+                save_file(self._file(names), folder / filename, metadata={"format": "pt"})
+                # safetensors writes for the owner alone.
+                shutil.copymode(folder / "config.json", folder / filename)
+                progress.advance(task, sum(self.tensors[name].nbytes for name in names))
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            _write_json(folder / "model.safetensors.index.json", index)
+
+    def _file(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of one file. A function, so that the next file's do not meet them in memory."""
+        renamed = self.adapter.to_hf(self.source.load(dict.fromkeys(self.origins[name] for name in names)))
+        tensors = {name: renamed[name].to(self.tensors[name].dtype).contiguous() for name in names}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ExportError(f"{self.origins[name]} of {self.source.folder} is not finite in {tensor.dtype}")
+        return tensors
+
+
+def _tokenizer(job: Job) -> BaseTokenizer:
+    if job["tokenizer"]["name"] == "byte":
+        return ByteTokenizer()
+    try:
+        return HuggingFaceTokenizer(tokenizer_path=job["model"]["hf_assets_path"])
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ExportError(f"model.hf_assets_path: no tokenizer to copy: {error}") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _size(size: Iterable[int] | None) -> str:
+    return "x".join(map(str, size)) if size is not None else "no tensor"
+
+
+def _a_few(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
