@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,13 +35,30 @@ def check_model(draft: Draft) -> Iterator[Problem]:
                 f"found {quote(flavor)}, expected {one_of(known)} (the flavors of {module})",
                 did_you_mean(flavor, known),
             )
-    elif "." not in module:
+    elif "." in module:
+        if not _can_be_found(module):
+            hint = f"the built-in ones are {one_of(modules())}"
+            yield draft.problem("model", "module", f"found {quote(module)}, a module that cannot be found", hint)
+    else:
         yield draft.problem(
             "model",
             "module",
             f"found {quote(module)}, expected {one_of(modules())}, or a dotted path to a module with model_registry",
             did_you_mean(module, modules()),
         )
+
+
+def _can_be_found(module: str) -> bool:
+    """Whether there is such a module, without running any of it: of TorchTitan's own packages that takes seconds."""
+    package = importlib.util.find_spec(module.split(".")[0])
+    if package is None or not package.submodule_search_locations:
+        return False
+    return any(
+        (folder / name).exists()
+        for location in package.submodule_search_locations
+        for folder, name in [(Path(location, *module.split(".")[1:-1]), module.split(".")[-1])]
+        for name in (f"{name}.py", f"{name}/__init__.py")
+    )
 
 
 def check_nitp(draft: Draft) -> Iterator[Problem]:
@@ -129,7 +148,7 @@ def _check_data(draft: Draft, table: str) -> Iterator[Problem]:
         hint = 'did you mean dataset = "text"?'
         yield draft.problem(table, "dataset_path", f"found {quote(path)}, which {quote(dataset)} does not read", hint)
     if dataset.startswith("hub:"):
-        if not re.fullmatch(r"hub:([^\s/:]+/)?[^\s/:]+(:[^\s/:]+)?", dataset):
+        if not re.fullmatch(r"hub:[^\s/:]+/[^\s/:]+(:[^\s/:]+)?", dataset):
             yield draft.problem(table, "dataset", f'found {quote(dataset)}, expected "hub:owner/name"')
         return
     if dataset not in DATASETS:
@@ -167,13 +186,17 @@ def check_vocabulary(draft: Draft) -> Iterator[Problem]:
         from tokenizers import Tokenizer
 
         try:
-            size, what = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True), str(path)
+            # Ids may have gaps: the largest one is what the embedding must have.
+            ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+            size, what = max(ids, default=-1) + 1, str(path)
         except Exception as error:  # tokenizers raises Exception itself
             yield draft.problem(table, key, f"{str(path)!r} is not a tokenizer: {error}")
             return
     if size > vocabulary:
         yield draft.problem(
-            table, key, f"{what} has {size:,} tokens, expected at most the model's vocabulary of {vocabulary:,}"
+            table,
+            key,
+            f"{what} has ids up to {size - 1:,}, expected less than the model's vocabulary of {vocabulary:,}",
         )
 
 
@@ -209,9 +232,17 @@ def check_assets(draft: Draft) -> Iterator[Problem]:
 def check_output(draft: Draft) -> Iterator[Problem]:
     """The run's folder can be one."""
     folder = draft.get("job", "dump_folder")
-    if not folder.strip() or Path(folder).is_file():
-        found = quote(folder) + (", which is a file" if folder.strip() else "")
-        yield draft.problem("job", "dump_folder", f"found {found}, expected a folder's name")
+    path = Path(folder)
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not folder.strip():
+        yield draft.problem("job", "dump_folder", f"found {quote(folder)}, expected a folder's name")
+    elif folder.startswith("~"):
+        yield draft.problem("job", "dump_folder", f'found {quote(folder)}: "~" is not expanded, write the path out')
+    elif not existing.is_dir():
+        which = "which is a file" if existing == path else f"but {existing} is a file"
+        yield draft.problem("job", "dump_folder", f"found {quote(folder)}, {which}; expected a folder's name")
+    elif not os.access(existing, os.W_OK):
+        yield draft.problem("job", "dump_folder", f"found {quote(folder)}, but {existing} cannot be written to")
 
 
 MACHINE_CHECKS = (check_assets, check_output, rules.check_device)

@@ -104,6 +104,10 @@ def _validation_data(draft: Draft) -> None:
     for key in all_tables()[table]:
         if ("dataloader", key) not in draft.bad:
             draft.derive(table, key, draft.get("dataloader", key))
+    if draft.get("dataloader", "dataset") == "c4":
+        draft.derive(table, "dataset", "c4_validation")
+    elif draft.get("validator", "enable"):
+        draft.notes.append("validation reads the training data: set [validator.dataloader] for other")
 
 
 def _local_batch(draft: Draft) -> None:

@@ -160,6 +160,13 @@ def check_support(draft: Draft) -> Iterator[Problem]:
         )
     pipeline = draft.get("parallelism", "pipeline_parallel_degree")
     if draft.get("nitp", "enable"):
+        backend = draft.get("parallelism", "spmd_backend")
+        if backend != "partial_dtensor" and not (backend == "spmd_types" and torch < (2, 14)):
+            yield draft.problem(
+                "parallelism",
+                "spmd_backend",
+                f'found "{backend}", expected "partial_dtensor" with NITP in this version',
+            )
         for key, name in (("pipeline_parallel_degree", "pipeline"), ("context_parallel_degree", "context")):
             if draft.get("parallelism", key) > 1:
                 yield draft.problem(

@@ -92,7 +92,8 @@ class _Reader:
             elif name == EXTENDS:
                 self.extends(value)
             elif isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-                self.report((name,), f"[{name}]", "unknown table", did_you_mean(name, all_tables()))
+                hint = did_you_mean(name, all_tables()) or f"the tables are {', '.join(all_tables())}"
+                self.report((name,), f"[{name}]", "unknown table", hint)
             else:
                 self.report((name,), name, "a key outside of any table", _elsewhere(name))
 
@@ -118,7 +119,7 @@ class _Reader:
             elif name in keys:
                 self.key(keys[name], item)
             else:
-                self.report((*path, name), f"[{table}] {name}", "unknown key", _nearest_key(table, name))
+                self.report((*path, name), f"[{table}] {name}", "unknown key", _hint(table, name))
 
     def key(self, key: Key, value: Any) -> None:
         path = (*key.table.split("."), key.name)
@@ -147,11 +148,6 @@ def _mismatch(key: Key, value: Any, found: str) -> tuple[str, str]:
     return message, did_you_mean(value, texts) if isinstance(value, str) and len(texts) > 1 else ""
 
 
-def _nearest_key(table: str, name: str) -> str:
-    here = [*all_tables()[table], *(t.rpartition(".")[2] for t in all_tables() if t.startswith(f"{table}."))]
-    return did_you_mean(name, here) or _elsewhere(name)
-
-
 def _elsewhere(name: str) -> str:
     """Return a hint to the tables that have such a key."""
     if nearest(name, [EXTENDS]):
@@ -163,6 +159,19 @@ def _elsewhere(name: str) -> str:
     match = nearest(name, names)
     owner = next((table for table, keys in all_tables().items() if match in keys), "")
     return f'did you mean "{match}" of [{owner}]?' if match else ""
+
+
+SYNONYMS = {"lambda": "weight", "learning_rate": "lr", "batch_size": "local_batch_size", "lambda_": "weight"}
+"""What other libraries, or the paper, call a key."""
+
+
+def _hint(table: str, name: str) -> str:
+    """Return the nearest key of a table, one of another table, or else all that the table has."""
+    here = [*all_tables()[table], *(t.rpartition(".")[2] for t in all_tables() if t.startswith(f"{table}."))]
+    synonym = SYNONYMS.get(name, "")
+    if synonym in here:
+        return f'did you mean "{synonym}"?'
+    return did_you_mean(name, here) or _elsewhere(synonym or name) or f"the keys are {', '.join(here)}"
 
 
 def split_command_line(words: list[str]) -> tuple[list[str], list[str]]:
@@ -264,8 +273,8 @@ def _unknown_option(option: str) -> Problem:
         return Problem(COMMAND_LINE, option, "unknown option, expected --table.key", hint)
     if table not in all_tables():
         match = nearest(table, all_tables())
-        hint = f'did you mean "--{match}.{name}"?' if match else ""
+        hint = f'did you mean "--{match}.{name}"?' if match else f"the tables are {', '.join(all_tables())}"
         return Problem(COMMAND_LINE, option, f"unknown table {quote(table)}", hint)
     match = nearest(name, all_tables()[table])
-    hint = f'did you mean "--{table}.{match}"?' if match else _elsewhere(name)
+    hint = f'did you mean "--{table}.{match}"?' if match else _hint(table, name)
     return Problem(COMMAND_LINE, option, f"unknown key of [{table}]", hint)

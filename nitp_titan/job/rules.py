@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft
-from nitp_titan.job.errors import Problem
+from nitp_titan.job.errors import Problem, did_you_mean, quote
 
 _INF = math.inf
 
@@ -62,7 +62,7 @@ def check_ranges(draft: Draft) -> Iterator[Problem]:
             continue
         if not math.isfinite(value) or not lowest <= value <= highest:
             bounds = f"{lowest:g}..{highest:g}" if highest < _INF else f"at least {lowest:g}"
-            expected = bounds if lowest > -_INF else "a finite number"
+            expected = bounds if lowest > -_INF and math.isfinite(value) else "a finite number"
             yield draft.problem(table, key, f"found {value}, expected {expected}")
 
 
@@ -128,7 +128,11 @@ def check_parallelism(draft: Draft) -> Iterator[Problem]:
 
 
 def check_compile(draft: Draft) -> Iterator[Problem]:
-    """What needs a compiled model."""
+    """The parts to compile have a name that TorchTitan knows, and what needs a compiled model has one."""
+    for part in draft.get("compile", "components"):
+        if part not in ("model", "loss"):
+            hint = did_you_mean(part, ("model", "loss"))
+            yield draft.problem("compile", "components", f'found {quote(part)}, expected "model" or "loss"', hint)
     compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
     needs = 'needs compile.enable = true and "model" in compile.components'
     if draft.get("compile", "enable_async_tensor_parallel") and not compiled:

@@ -174,7 +174,9 @@ def test_foreign_module(foreign_module):
     )
     assert '--model.flavor: found "large", expected one of "small"' in refusal(here, "--model.flavor=large")
     assert "has no function model_registry" in refusal("--model.module=somebodys.empty")
-    assert "--model.module: somebodys.other cannot be imported: No module" in refusal("--model.module=somebodys.other")
+    assert '--model.module: found "somebodys.other", a module that cannot be found' in refusal(
+        "--model.module=somebodys.other"
+    )
 
 
 def refused_by_upstream(overrides: list[str]) -> bool:

@@ -38,6 +38,10 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--nitp.start_step=5", "--training.no-disable_cuda_graphs"], "--nitp.start_step: found 5, expected 0 with "
          "training.disable_cuda_graphs = false"),
         (["--nitp.geometry_freq=5", "--training.no-disable_cuda_graphs"], "--nitp.geometry_freq: found 5, expected 0"),
+        (["--compile.components", "modle,loss"], 'found "modle", expected "model" or "loss"; did you mean "model"?'),
+        (["--parallelism.spmd_backend=full_dtensor"], 'found "full_dtensor", expected "partial_dtensor" with NITP'),
+        (["--dataloader.dataset", "hub:name"], '--dataloader.dataset: found "hub:name", expected "hub:owner/name"'),
+        (["--model.module", "no.such.module"], '--model.module: found "no.such.module", a module that cannot be found'),
         (["--nitp.projector_ratio", "0"], "--nitp.projector_ratio: found 0, expected at least 1"),
         ([*UPSTREAM, "--nitp.target_layer", "7"], "--nitp.target_layer: found 7, expected 0..6"),
         (["--model.flavor", "debgu"], '--model.flavor: found "debgu", expected one of "debug", "debug_moe"'),
@@ -80,7 +84,7 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--lr_scheduler.decay_type=exponential", "--lr_scheduler.min_lr_factor=1.5"], "--lr_scheduler.min_lr_factor: "
          "found 1.5, expected 0..1"),
         (["--training.global_batch_size", "0"], "--training.global_batch_size: found 0, expected at least 1, or -1"),
-        (["--optimizer.lr", "nan"], "--optimizer.lr: found nan, expected at least 0"),
+        (["--optimizer.lr", "nan"], "--optimizer.lr: found nan, expected a finite number"),
         (["--optimizer.beta1", "1.5"], "--optimizer.beta1: found 1.5, expected 0..1"),
         (["--metrics.log_freq", "0"], "--metrics.log_freq: found 0, expected at least 1"),
         (["--dataloader.num_streams", "0"], "--dataloader.num_streams: found 0, expected at least 1"),
@@ -182,7 +186,7 @@ def test_data_paths_that_match(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for path in (tmp_path, tmp_path / "a.txt", tmp_path / "*.txt"):
         assert problems(tmp_path, "--dataloader.dataset=text", f"--dataloader.dataset_path={path}") == []
-    for name in ("hub:owner/name", "hub:name", "hub:owner/name:config"):
+    for name in ("hub:owner/name", "hub:owner/name:config"):
         assert problems(tmp_path, "--dataloader.dataset", name) == []
 
 
@@ -201,7 +205,7 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path, monkeypatch):
     assert problems(tmp_path, *arguments, for_training=True) == []
     tokenizer_folder(tmp_path, 321)  # one more than the debug model's 320, and that one an added token
     [problem] = problems(tmp_path, *arguments)
-    assert "has 321 tokens, expected at most the model's vocabulary of 320" in problem
+    assert "has ids up to 320, expected less than the model's vocabulary of 320" in problem
     (tmp_path / "tokenizer.json").write_text("{}")
     [problem] = problems(tmp_path, *arguments)
     assert "is not a tokenizer" in problem
@@ -210,7 +214,7 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path, monkeypatch):
 def test_byte_tokenizer_and_a_small_vocabulary(tmp_path):
     [problem] = problems(tmp_path, "--model.shape.vocab_size=257")
     assert problem == (
-        "job.toml: [tokenizer] name (default of flavor): the byte tokenizer has 258 tokens, expected at most the "
+        "job.toml: [tokenizer] name (default of flavor): the byte tokenizer has ids up to 257, expected less than the "
         "model's vocabulary of 257"
     )
 
@@ -234,6 +238,8 @@ def test_missing_assets_are_an_error_of_training_alone(tmp_path):
         (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
         (["--job.dump_folder="], 'found "", expected a folder\'s name'),
         (["--job.dump_folder=pyproject.toml"], 'found "pyproject.toml", which is a file'),
+        (["--job.dump_folder=pyproject.toml/run"], "pyproject.toml is a file; expected a folder's name"),
+        (["--job.dump_folder=~/run"], '"~" is not expanded'),
     ],
 )
 def test_what_this_machine_lacks_is_an_error_of_training_alone(tmp_path, arguments, expected):

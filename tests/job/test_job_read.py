@@ -8,6 +8,7 @@ import pytest
 
 from nitp_titan.job.extends import read_file
 from nitp_titan.job.read import read_command_line, split_command_line
+from nitp_titan.job.schema import all_tables
 
 
 def read(tmp_path: Path, text: str | bytes):
@@ -90,7 +91,10 @@ def test_inline_table_has_the_line_of_its_table(tmp_path):
     [
         ("[trainning]\nsteps = 1", 'job.toml:1: [trainning]: unknown table; did you mean "training"?'),
         ("[[trainning]]\nsteps = 1", 'job.toml:1: [trainning]: unknown table; did you mean "training"?'),
-        ("[zzz]", "job.toml:1: [zzz]: unknown table"),
+        ("[zzz]", "job.toml:1: [zzz]: unknown table; the tables are " + ", ".join(all_tables())),
+        ("[nitp]\nlambda = 1.0", 'job.toml:2: [nitp] lambda: unknown key; did you mean "weight"?'),
+        ("[optimizer]\nlearning_rate = 1.0", 'job.toml:2: [optimizer] learning_rate: unknown key; did you mean "lr"?'),
+        ("[tokenizer]\nzzz = 1", "job.toml:2: [tokenizer] zzz: unknown key; the keys are name"),
         ("[[training]]\nsteps = 1", "job.toml:1: [training]: found [[training]], a list of tables, expected a table"),
         ("training = 3", "job.toml:1: [training]: found 3, expected a table"),
         ("[validator]\ndataloader = 3", "job.toml:2: [validator.dataloader]: found 3, expected a table"),
