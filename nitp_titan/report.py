@@ -9,24 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.costs import (
-    CAPACITY,
-    GIB,
-    WAYS,
-    Block,
-    Parts,
-    Run,
-    fits,
-    flops,
-    memory,
-    mtp_flops,
-    nitp_flops,
-    parts_of_shape,
-    projector_params,
-)
+from nitp_titan.costs import WAYS, Block, Parts, flops, mtp_flops, nitp_flops, parts_of_shape, projector_params
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import nearest
+from nitp_titan.memory import CAPACITY, GIB, Run, fits, memory
 from nitp_titan.models.flavors import FLAVORS
 
 

@@ -12,7 +12,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.metrics import MetricsProcessor as StockMetricsProcessor
-from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator as StockValidator
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
@@ -21,9 +20,7 @@ from torchtitan.trainer import Trainer
 from nitp_titan.loss import JointLoss
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.objective import next_token_mask
 from nitp_titan.trainer import NITPTrainer
-from nitp_titan.validate import Validator
 from tests.trainers import running, trainer_config, write_corpus
 
 
@@ -179,23 +176,6 @@ def test_geometry_joins_the_line_of_a_logged_step(tmp_path, corpus):
     assert ["geometry/effective_rank" in line for line in lines] == [False, True, False, True]
 
 
-def test_validation_has_total_ntp_and_nitp(tmp_path, corpus):
-    config = trainer_config(tmp_path, corpus, nitp=NITPConfig(weight=0.5, start_step=2))
-    config.validator = Validator.Config(enable=True, freq=2, steps=2, dataloader=config.dataloader)
-    config.training.steps = 2
-    config.lr_scheduler.warmup_steps = 0
-    with running(config) as trainer:
-        trainer.train()
-    lines = [line for line in metric_lines(tmp_path) if "validation_metrics/loss" in line]
-    early, late = lines
-    # Before the start step there is no NITP loss to validate.
-    assert early["validation_metrics/loss"] == early["validation_metrics/ntp_loss"]
-    assert "validation_metrics/nitp_loss" not in early
-    ntp, nitp = late["validation_metrics/ntp_loss"], late["validation_metrics/nitp_loss"]
-    assert late["validation_metrics/loss"] == pytest.approx(ntp + 0.5 * nitp)
-    assert 0 < nitp < 2
-
-
 @pytest.mark.parametrize("flavor", ["debug", "debug_moe"])
 def test_compiled_blocks_projector_and_losses_are_the_eager_ones(tmp_path, corpus, flavor):
     eager, compiled = (trainer_config(tmp_path / name, corpus, flavor=flavor) for name in ("eager", "compiled"))
@@ -214,27 +194,6 @@ def test_bf16_run_follows_the_fp32_one(tmp_path, corpus):
     exact, rounded = (trainer_config(tmp_path / name, corpus) for name in ("exact", "rounded"))
     rounded.training.mixed_precision_param = "bfloat16"
     torch.testing.assert_close(torch.tensor(losses(rounded)), torch.tensor(losses(exact)), rtol=2e-2, atol=0)
-
-
-def test_validation_losses_are_those_of_the_batches(tmp_path, corpus):
-    config = trainer_config(tmp_path, corpus)
-    config.validator = Validator.Config(enable=True, freq=1, steps=3, dataloader=config.dataloader)
-    config.training.steps = 1
-    config.optimizer = default_adamw(lr=0.0)
-    config.lr_scheduler.warmup_steps = 0
-    with running(config) as trainer:
-        model, sums, labelled, pairs = trainer.model_parts[0], torch.zeros(2), 0, 0
-        for inputs, labels in itertools.islice(trainer.dataloader, 3):
-            masks = model.get_attention_masks(positions=inputs["positions"])
-            with torch.no_grad():
-                sums += model(inputs["input"], inputs["positions"], masks, labels=labels)[0]
-            labelled += labels.numel()
-            pairs += next_token_mask(inputs["positions"]).sum()
-        trainer.dataloader.load_state_dict(trainer.dataloader.state_dict())
-        trainer.train()
-    (line,) = metric_lines(tmp_path)
-    assert line["validation_metrics/ntp_loss"] == pytest.approx(sums[0].item() / labelled, rel=1e-5)
-    assert line["validation_metrics/nitp_loss"] == pytest.approx(sums[1].item() / pairs.item(), rel=1e-5)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, corpus):

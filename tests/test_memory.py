@@ -1,0 +1,370 @@
+"""The memory estimate against sums by hand and the bytes that live while real blocks and losses run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import types
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from nitp_titan import memory as estimate
+from nitp_titan.costs import Parts, parts_of_shape
+from nitp_titan.decoder import nitp_model_spec
+from nitp_titan.job.layout import Layout
+from nitp_titan.linear_cross_entropy import recomputed_sum
+from nitp_titan.memory import GIB, Run, memory
+from nitp_titan.models.flavors import FLAVORS, Shape
+from nitp_titan.models.registry import decoder_config, model_registry
+from nitp_titan.nitp_config import NITPConfig
+from tests.decoders import built
+
+ODD = {
+    "dense, tied, heads wider than the model": Shape(
+        dim=48, n_layers=5, n_heads=6, n_kv_heads=3, head_dim=10, hidden_dim=100, vocab_size=77, max_seq_len=64,
+        tie_embeddings=True,
+    ),
+    "dense, untied": Shape(
+        dim=40, n_layers=2, n_heads=4, n_kv_heads=1, head_dim=6, hidden_dim=33, vocab_size=51, max_seq_len=64
+    ),
+    "experts, two dense blocks, three shared": Shape(
+        dim=48, n_layers=5, n_heads=8, n_kv_heads=2, head_dim=6, hidden_dim=70, vocab_size=90, max_seq_len=64,
+        num_experts=7, top_k=3, expert_hidden_dim=20, num_shared_experts=3, n_dense_layers=2,
+    ),
+    "experts everywhere, none shared, tied": Shape(
+        dim=32, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=60, max_seq_len=64,
+        num_experts=6, top_k=1, expert_hidden_dim=24, tie_embeddings=True,
+    ),
+}  # fmt: skip
+SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD
+
+
+def layout(**degrees: int) -> Layout:
+    values = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1, "pipeline": 1, "expert": 1} | degrees
+    world = math.prod(values.values()) // values["expert"]
+    return Layout(**values, sequence_parallel=True, world_size=world)
+
+
+# --- memory: what is stored
+
+RUN = Run(sequences=2, seq_len=64, logits_tokens=32)
+STORED = ("weights", "gradients", "optimizer_states", "projector")
+
+
+def test_memory_of_one_rank_by_hand():
+    shape = ODD["dense, untied"]
+    parts, d, tokens = parts_of_shape(shape), 40, 128
+    found = memory(parts, NITPConfig(), layout(), RUN)
+    assert found is not None
+    assert found["total"] == pytest.approx(sum(size for name, size in found.items() if name != "total"))
+    sizes = {name: size * GIB for name, size in found.items()}
+    params, projector, head = parts.total(), 12 * d * d, 51 * d + d
+    block = 40 * (24 + 6 + 6 + 24) + 3 * 40 * 33 + 80
+    assert sizes["weights"] == pytest.approx(4 * params)
+    assert sizes["gradients"] == pytest.approx(4 * params)
+    assert sizes["optimizer_states"] == pytest.approx(8 * params)
+    assert sizes["projector"] == pytest.approx(16 * projector)
+    assert sizes["gathered_parameters"] == pytest.approx(2 * (head + 2 * block + projector))
+    assert sizes["gradient_reduction"] == pytest.approx(6 * max(head, block, projector))
+    assert sizes["cross_entropy"] == pytest.approx(32 * 51 * (2 + 2 + 4 + 4))
+    eager = memory(parts, NITPConfig(), layout(), dataclasses.replace(RUN, eager_loss=True))
+    more = (eager["cross_entropy"] - found["cross_entropy"]) * GIB
+    assert more == pytest.approx(51 * d * (4 + 2) + tokens * d * 2)
+    assert sizes["nitp_loss"] == pytest.approx(tokens * (4 * 4 * d * 2 + 24 * d))
+    assert sizes["saved_target"] == 0
+
+
+def test_without_nitp_its_parts_are_empty():
+    found = memory(parts_of_shape(FLAVORS["0.5B"].shape), NITPConfig(enable=False), layout(shard=8, tensor=2), RUN)
+    assert [found[name] for name in ("projector", "nitp_loss", "saved_target")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["3B", "9B-A1B"])
+def test_stored_memory_shrinks_with_the_ranks_that_share_it(name):
+    parts = parts_of_shape(FLAVORS[name].shape)
+
+    def stored(**degrees: int) -> list[float]:
+        found = memory(parts, NITPConfig(), layout(**degrees), RUN)
+        return [found[part] for part in STORED]
+
+    whole = stored()
+    for degrees, ranks in [
+        ({"shard": 4}, 4),
+        ({"shard": 4, "context": 2}, 8),
+        ({"shard": 4, "replicate": 3}, 4),
+        ({"shard": 16, "expert": 8}, 16),
+        ({"shard": 2, "tensor": 4}, 8),
+        ({"shard": 2, "tensor": 4, "expert": 8}, 8),
+    ]:
+        # Router and norms are whole on every rank of a tensor-parallel group.
+        assert stored(**degrees) == pytest.approx([size / ranks for size in whole], rel=2e-3), degrees
+
+
+def test_experts_are_sharded_whole_while_they_reach():
+    """144 experts over 64 ranks are 3 on the largest one; over 256 ranks each is cut into equal parts."""
+    parts = parts_of_shape(FLAVORS["9B-A1B"].shape)
+    routed = parts.by_part()["routed_experts"]
+
+    def weights(**degrees: int) -> float:
+        return memory(parts, NITPConfig(), layout(**degrees), RUN)["weights"] * GIB / 4
+
+    rest = parts.total() - routed
+    assert weights(shard=64) == pytest.approx(rest / 64 + routed * 3 / 144)
+    assert weights(shard=256) == pytest.approx(rest / 256 + routed / 256)
+    # FSDP's mesh has the replicas too, where it counts the ranks.
+    assert weights(shard=64, replicate=4) == pytest.approx(rest / 64 + routed / 64)
+    # 8 ranks share the 18 experts of each expert-parallel one.
+    assert weights(shard=64, expert=8) == pytest.approx(rest / 64 + routed * 3 / 144)
+    assert weights(shard=256, expert=8) == pytest.approx(parts.total() / 256)
+    assert weights(shard=128, expert=16) == pytest.approx(rest / 128 + routed * 2 / 144)
+
+
+def test_gathered_experts_are_those_of_the_rank():
+    parts = parts_of_shape(FLAVORS["9B-A1B"].shape)
+    block = parts.blocks[-1]
+
+    def gathered(**degrees: int) -> float:
+        return memory(parts, NITPConfig(), layout(**degrees), RUN)["gathered_parameters"] * GIB
+
+    less = 2 * 2 * block.routed_experts * 7 / 8
+    assert gathered(shard=8) - gathered(shard=8, expert=8) == pytest.approx(less)
+    assert gathered(shard=8) == gathered(shard=64)
+    assert gathered(shard=2, tensor=4) == pytest.approx(gathered(shard=8) / 4, rel=0.01)
+    never = memory(parts, NITPConfig(), layout(shard=8), dataclasses.replace(RUN, reshard=False))
+    assert never["gathered_parameters"] * GIB == pytest.approx(2 * (parts.total() + 12 * 1280**2))
+
+
+def test_precision_and_offload():
+    parts = parts_of_shape(FLAVORS["2B"].shape)
+    usual = memory(parts, NITPConfig(), layout(shard=2), RUN)
+
+    def part(name: str, **changes: object) -> float:
+        return memory(parts, NITPConfig(), layout(shard=2), dataclasses.replace(RUN, **changes))[name] / usual[name]
+
+    assert part("weights", weight_bytes=2) == part("gradients", weight_bytes=2) == 0.5
+    assert part("optimizer_states", state_bytes=2) == 0.5
+    assert part("projector", weight_bytes=2, state_bytes=2) == 0.5
+    assert part("gathered_parameters", compute_bytes=4) == 2
+    assert part("cross_entropy", compute_bytes=4) == pytest.approx(16 / 12)
+    assert [part(name, offload=True) for name in STORED] == [0, 0, 0, 0]
+
+
+def test_working_memory_scales_with_the_batch_and_the_ranks_of_a_sequence():
+    parts = parts_of_shape(FLAVORS["0.5B"].shape)
+    per_token = ("activations", "block_backward", "nitp_loss")
+
+    def sizes(run: Run = RUN, **degrees: int) -> dict[str, float]:
+        return memory(parts, NITPConfig(), layout(**degrees), run)
+
+    one, double = sizes(), sizes(dataclasses.replace(RUN, sequences=4))
+    assert all(double[name] == pytest.approx(2 * one[name]) for name in per_token)
+    assert double["cross_entropy"] == one["cross_entropy"]
+    context = sizes(context=2)
+    assert all(context[name] == pytest.approx(one[name] / 2) for name in per_token)
+    tensor = sizes(tensor=2)
+    assert one["activations"] / 2 < tensor["activations"] < one["activations"]
+    assert tensor["cross_entropy"] == pytest.approx(one["cross_entropy"] / 2)
+    assert tensor["saved_target"] * GIB == 128 * 896 * 2
+    # More tokens in a chunk than there are: all of them.
+    assert sizes(dataclasses.replace(RUN, logits_tokens=10**6))["cross_entropy"] == pytest.approx(
+        4 * one["cross_entropy"]
+    )
+
+
+def test_activations_under_tensor_and_expert_parallelism_by_hand():
+    shape = ODD["experts, two dense blocks, three shared"]
+    d, qkv, out, dense, shared, top_k = 48, 48 + 12 + 12, 2 * 48 + 4 * 8, 70, 3 * 20, 3
+
+    def activations(**degrees: int) -> float:
+        run = dataclasses.replace(RUN, checkpointing="selective")
+        return memory(parts_of_shape(shape), NITPConfig(), layout(**degrees), run)["activations"] * GIB / 128
+
+    # bf16: a block's input, query-key-value, attention's output, the gate, the block's last product; which experts.
+    alone = 2 * d + 2 * qkv + out + 2 * d
+    final = 2 * d + 2 * d
+    assert activations() == pytest.approx(5 * alone + 2 * 2 * dense + 3 * (2 * shared + 12 * top_k) + final)
+    # Residual streams are cut along the sequence, inner widths by themselves. Two sums a block are kept, not repeated.
+    alone = 2 * d / 2 + 2 * qkv / 2 + out / 2 + 2 * d + 2 * (2 * d / 2)
+    final = 2 * d / 2 + 2 * d
+    split = 5 * alone + (2 * 2 * dense + 3 * 2 * shared) / 2 + 3 * 12 * top_k + final
+    assert activations(tensor=2) == pytest.approx(split)
+    # Tokens go to their experts and come back: each rank of the pair those of its half of the sequence.
+    assert activations(tensor=2, expert=2) == pytest.approx(split + 3 * 2 * top_k * 2 * d / 2)
+
+
+def test_checkpointing_modes_are_in_order():
+    for name in ("0.5B", "9B-A1B"):
+        parts = parts_of_shape(FLAVORS[name].shape)
+
+        def activations(mode: str, budget: float = 0.5, parts: Parts = parts) -> float:
+            run = dataclasses.replace(RUN, checkpointing=mode, memory_budget=budget)
+            return memory(parts, NITPConfig(), layout(), run)["activations"]
+
+        assert activations("full") < activations("selective") < activations("none")
+        assert activations("memory_budget", 0) == pytest.approx(activations("full"))
+        assert activations("memory_budget", 1) == pytest.approx(activations("none"))
+
+
+def test_pipelines_are_not_estimated():
+    assert memory(parts_of_shape(FLAVORS["2B"].shape), NITPConfig(enable=False), layout(pipeline=2), RUN) is None
+    assert estimate.fits(None) is None
+
+
+def test_what_fits_80_gb():
+    assert estimate.fits({"total": 74.5})
+    assert not estimate.fits({"total": 74.6})
+
+
+# --- memory: bytes that live while a real model works
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the storages that operators make while they live; those of ``known`` tensors do not count."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+class FlashAttention(torch.autograd.Function):
+    """Keeps what flash and flex attention keep on a GPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.clone(memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what the fused RMSNorm of a GPU keeps; the CPU's also keeps fp32 copies."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, weight, _ = ctx.saved_tensors
+        return grad * weight, torch.empty_like(weight)
+
+
+def gpu_like(shape: Shape) -> nn.Module:
+    spec = dataclasses.replace(model_registry("debug"), model=decoder_config(shape))
+    model = built(nitp_model_spec(spec, NITPConfig(), chunk_tokens=64))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.zeros_like(parameter)
+    for block in model.layers._modules.values():
+        block.attention.inner_attention.forward = lambda q, k, v, **_: FlashAttention.apply(q, k, v)
+        for norm in (block.attention_norm, block.ffn_norm):
+            norm.forward = types.MethodType(lambda self, x: FusedNorm.apply(x, self.weight), norm)
+    return model
+
+
+def live(model: nn.Module, *others: torch.Tensor) -> LiveBytes:
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return LiveBytes([*model.parameters(), *gradients, *model.buffers(), *others])
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_activations_are_those_that_a_real_block_keeps(name, mode):
+    shape = dataclasses.replace(FLAVORS["debug" if name == "dense" else "debug_moe"].shape, n_layers=4)
+    model = gpu_like(shape)
+    if mode != "none":
+        {"selective": SelectiveAC, "full": FullAC}[mode].Config().build().apply(model)
+    tokens, positions = torch.randint(300, (2, 128)), torch.arange(128).expand(2, 128).contiguous()
+    tracker, kept = live(model, tokens, positions), []
+    gc.disable()
+    with tracker:
+        h = model.tok_embeddings(tokens)
+        for block in model.layers._modules.values():
+            h = block(h, None, positions)
+            kept.append(tracker.now)
+        forward = tracker.peak = tracker.now
+        h.backward(torch.ones_like(h))
+    gc.enable()
+
+    parts = parts_of_shape(shape)
+    rank = estimate._Rank(parts, layout(), Run(sequences=2, seq_len=128, logits_tokens=64, checkpointing=mode))
+    block = parts.blocks[-1]
+    # A CPU routes in the activations' dtype, a GPU in fp32.
+    whole = rank.saved(block, "none") - (4 * 128 if name == "moe" else 0)
+    expected = whole if mode == "none" else rank.saved(block, mode)
+    if mode == "selective":
+        # Unlike a GPU's attention, which selective checkpointing knows, the stand-in is repeated.
+        expected -= 2 * block.attended + 4 * block.heads
+    assert (kept[-1] - kept[-2]) / 256 == pytest.approx(expected, rel=0.01)
+    recomputed = whole - expected + rank.inner_gradients(block)
+    # Gradients of weights, which this finds too, are in the estimate of another part.
+    assert 0.9 * recomputed < (tracker.peak - forward) / 256 < 1.1 * recomputed + 2 * block.params() / 256
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_peak_of_the_cross_entropy_is_that_of_a_real_one(eager):
+    shape = dataclasses.replace(FLAVORS["debug"].shape, n_layers=1, vocab_size=8192)
+    model = gpu_like(shape)
+    h, labels = torch.randn(2, 128, 128, dtype=torch.bfloat16), torch.randint(8192, (2, 128))
+    tracker = live(model, h, labels)
+    gc.disable()
+    with tracker:
+        if eager:
+            model.lm_head(h.requires_grad_(), labels=labels)
+        else:
+            loss = recomputed_sum(model.lm_head._chunk_loss, h.requires_grad_().flatten(0, 1), labels.flatten(), 64)
+            loss.backward()
+    gc.enable()
+    run = Run(sequences=2, seq_len=128, logits_tokens=64, eager_loss=eager)
+    estimate = memory(parts_of_shape(shape), NITPConfig(), layout(), run)["cross_entropy"] * GIB
+    # The gradient of the weight that a plain backward pass adds up is in the estimate of another part.
+    weight = 0 if eager else 2 * 8192 * 128
+    assert estimate < tracker.peak * 1.03 < (estimate + weight) * 1.06
+
+
+@pytest.mark.parametrize("kind", estimate._LOSS_BYTES)
+def test_peak_of_the_nitp_loss_is_that_of_a_real_one(kind):
+    nitp = NITPConfig(loss=kind, projector_ratio=3)
+    spec = nitp_model_spec(model_registry("debug", n_layers=1), nitp)
+    model = built(spec).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    h, z = (torch.randn(2, 512, 128, dtype=torch.bfloat16) for _ in range(2))
+    mask = torch.ones(2, 512, dtype=torch.bool)
+    tracker = live(model, h, z, mask)
+    gc.disable()
+    with tracker:
+        model._nitp_sum(h.requires_grad_(), z, mask).backward()
+    gc.enable()
+    expected = estimate._nitp_loss_bytes(128, nitp, layout(), 2)
+    assert tracker.peak / 1024 == pytest.approx(expected, rel=0.1)
