@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torchtitan.components.checkpointer import BaseCheckpointManager
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils as tools
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
@@ -134,7 +135,8 @@ def _problems(config: NITPTrainer.Config) -> Iterator[str]:
     for name, part, ours in (("metrics", config.metrics, MetricsProcessor), ("validator", config.validator, Validator)):
         if not isinstance(part, ours.Config):
             yield f"{name}: found {type(part).__module__}'s Config, expected {ours.__module__}'s"
-    if not config.training.disable_cuda_graphs:
+    # Elsewhere TorchTitan says that there are none, and goes on.
+    if not config.training.disable_cuda_graphs and tools.device_type == "cuda":
         for key in ("geometry_freq", "start_step"):
             if getattr(nitp, key) > 0 and (nitp.enable or key == "geometry_freq"):
                 found = getattr(nitp, key)

@@ -217,7 +217,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, corpus):
         ("validator", StockValidator.Config(), "validator: found torchtitan.components.validate"),
     ],
 )
-def test_what_does_not_go_with_nitp_is_refused_from_python_too(tmp_path, corpus, key, value, message):
+def test_what_does_not_go_with_nitp_is_refused_from_python_too(monkeypatch, tmp_path, corpus, key, value, message):
+    monkeypatch.setattr("torchtitan.tools.utils.device_type", "cuda")
     config = trainer_config(tmp_path, corpus, nitp=NITPConfig(geometry_freq=5))
     setattr(config, key, value)
     with pytest.raises(ValueError, match=message):
