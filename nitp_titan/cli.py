@@ -97,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     check.add_argument("file", metavar="FILE", nargs="?", help="the job file, TOML")
-    check.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
     check.add_argument("--keys", metavar="TABLE", nargs="?", const="", help="list the keys of a table, or of all")
 
     report = commands.add_parser(
@@ -109,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     report.add_argument("model", metavar="FLAVOR|FILE", help="a flavor of nitp_titan's, or a job file")
-    report.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
+    for command in (check, report):
+        command.add_argument("--ngpu", metavar="N", type=_positive, help="ranks of the run (default: WORLD_SIZE, or 1)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
     export = commands.add_parser(

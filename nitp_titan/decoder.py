@@ -94,14 +94,14 @@ class NITPDecoder:
 
     _nitp_loss: Callable[..., torch.Tensor] = staticmethod(nitp_loss)
 
-    def compile_nitp_loss(self, backend: str) -> None:
-        """Compile the NITP loss, as TorchTitan does its own (``compile.components`` has "loss")."""
-        self._nitp_loss = torch.compile(nitp_loss, backend=backend)
-
     def __init__(self, config: Any):
         super().__init__(config)  # pyrefly: ignore [bad-argument-count]
         self.layers = TappedBlocks(self.layers)
         self.projector = config.projector.build() if config.projector is not None else None
+
+    def compile_nitp_loss(self, backend: str) -> None:
+        """Compile the NITP loss, as TorchTitan does its own (``compile.components`` has "loss")."""
+        self._nitp_loss = torch.compile(nitp_loss, backend=backend)
 
     def forward(
         self,
@@ -127,7 +127,7 @@ class NITPDecoder:
         ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
         if self.nitp_active:
             assert tap.residual_BLD is not None, f"no block {target_layer} among {list(self.layers)}"
-            mask_BL = pair_mask(positions_or_default(positions, tokens), labels, shift=nitp_shift(nitp))
+            mask_BL = counted(nitp, positions, labels)
             nitp_sum = self._nitp_sum(h_BLD, tap.residual_BLD, mask_BL)
         else:
             nitp_sum = torch.zeros_like(ntp_sum)
@@ -153,23 +153,16 @@ def nitp_shift(nitp: NITPConfig) -> int:
     return 0 if nitp.loss == "generic_cosine" else nitp.shift
 
 
-def count_pairs(nitp: NITPConfig, inputs: dict[str, Any], tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return how many positions of a batch count in the NITP loss: 0-d int64.
+def counted(nitp: NITPConfig, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """Return which positions of a batch count in the NITP loss: (B, L) bool.
 
     Args:
-        inputs: may hold "positions", (B, L).
-        tokens: (B, L).
+        positions: (B, L); without them every row is one document, as TorchTitan's attention takes it.
         labels: (B, L).
     """
-    positions = positions_or_default(inputs.get("positions"), tokens)
-    return pair_mask(positions, labels, shift=nitp_shift(nitp)).sum()
-
-
-def positions_or_default(positions: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """Without positions every row is one document, as TorchTitan's attention takes it: (B, L)."""
-    if positions is not None:
-        return positions
-    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    if positions is None:
+        positions = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+    return pair_mask(positions, labels, shift=nitp_shift(nitp))
 
 
 def _replicated(x: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,8 @@ class HiddenStateGeometry:
     batch measures the same. The states are read behind the final norm, where the unembedding sees them.
     """
 
-    def __init__(self, parallel_dims: ParallelDims, device: torch.device):
+    def __init__(self, parallel_dims: ParallelDims):
         self._parallel_dims = parallel_dims
-        self._device = device
         self._observing = False
         self._valid_BL: list[torch.Tensor] = []
         self._statistics: GeometryStatistics | None = None

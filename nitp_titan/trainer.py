@@ -14,7 +14,7 @@ from torchtitan.tools import utils as tools
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
-from nitp_titan.decoder import count_pairs, nitp_model_spec
+from nitp_titan.decoder import counted, nitp_model_spec
 from nitp_titan.loss import JointLoss
 from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.metrics import NITP, NTP, MetricsProcessor
@@ -49,7 +49,7 @@ class NITPTrainer(Trainer):
         self.nitp = config.nitp
         self.steps_run = 0
         _check_vocabulary(self.tokenizer, self.model_config)
-        self.geometry = HiddenStateGeometry(self.parallel_dims, self.device)
+        self.geometry = HiddenStateGeometry(self.parallel_dims)
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
         assert isinstance(self.metrics_processor, MetricsProcessor)
         self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
@@ -76,7 +76,7 @@ class NITPTrainer(Trainer):
             part.nitp_active = active  # pyrefly: ignore [bad-assignment]
         pairs = torch.zeros((), dtype=torch.int64)
         for input_dict, labels in batches if active else []:
-            pairs += count_pairs(self.nitp, input_dict, input_dict["input"], labels)
+            pairs += counted(self.nitp, input_dict.get("positions"), labels).sum()
         mesh = self.parallel_dims.get_optional_mesh("batch")
         self.loss_fn.begin_step(dist_utils.dist_sum_tensor(pairs.to(self.device), mesh))
 

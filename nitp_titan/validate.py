@@ -11,7 +11,7 @@ from torchtitan.components import validate as upstream
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
-from nitp_titan.decoder import NITPDecoder, count_pairs
+from nitp_titan.decoder import NITPDecoder, counted
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
 
@@ -47,7 +47,7 @@ class Validator(upstream.Validator):
             extra_kwargs["labels"] = labels
             assert self._pairs is not None
             self._active = model.nitp_active
-            self._pairs += count_pairs(model.config.nitp, extra_kwargs, inputs, labels)
+            self._pairs += counted(model.config.nitp, extra_kwargs.get("positions"), labels).sum()
         return inputs, labels, extra_kwargs
 
     def _losses(self, ntp: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_train import call, debug_job, losses
+from tests.commands import call, debug_job, losses
 
 
 def test_a_run_resumes_from_before_its_start_step(tmp_path):

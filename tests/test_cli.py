@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nitp_titan import cli
+from tests.commands import cli_main
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "train_configs/debug.toml"
@@ -170,51 +171,42 @@ def test_training_refuses_a_bad_file_without_torch(tmp_path):
     assert process.stderr == f'{path}:1: [trainning]: unknown table; did you mean "training"?\nFalse\n'
 
 
-def main(capsys, *arguments: str):
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as end:
-        code = end.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_usage_errors(capsys):
-    assert main(capsys)[0] == 2
-    assert main(capsys, "frobnicate")[0] == 2
-    code, _, error = main(capsys, "check")
+    assert cli_main(capsys)[0] == 2
+    assert cli_main(capsys, "frobnicate")[0] == 2
+    code, _, error = cli_main(capsys, "check")
     assert (code, error) == (2, "nitp-titan check: expected a job file; see nitp-titan check --help\n")
-    code, _, error = main(capsys, "check", DEBUG, "--ngpu", "0")
+    code, _, error = cli_main(capsys, "check", DEBUG, "--ngpu", "0")
     assert code == 2
     assert "--ngpu: found '0', expected a whole number of at least 1" in error
-    assert "found '2.5', expected" in main(capsys, "check", DEBUG, "--ngpu", "2.5")[2]
-    code, _, error = main(capsys, "check", DEBUG, "--steps", "5")
+    assert "found '2.5', expected" in cli_main(capsys, "check", DEBUG, "--ngpu", "2.5")[2]
+    code, _, error = cli_main(capsys, "check", DEBUG, "--steps", "5")
     assert code == 2
     assert 'did you mean "--training.steps"' in error
-    code, _, error = main(capsys, "env", "--nonsense")
+    code, _, error = cli_main(capsys, "env", "--nonsense")
     assert code == 2
 
 
 def test_help(capsys):
-    code, out, _ = main(capsys, "--help")
+    code, out, _ = cli_main(capsys, "--help")
     assert code == 0
     assert all(command in out for command in ("check", "plot", "env", "torchrun"))
-    code, out, _ = main(capsys, "check", "--help")
+    code, out, _ = cli_main(capsys, "check", "--help")
     assert code == 0
     assert "--training.steps 100" in out
     assert "--keys" in out
-    assert main(capsys, "--version")[1].startswith("nitp-titan ")
+    assert cli_main(capsys, "--version")[1].startswith("nitp-titan ")
 
 
 def test_keys(capsys):
-    code, out, _ = main(capsys, "check", "--keys")
+    code, out, _ = cli_main(capsys, "check", "--keys")
     assert code == 0
     assert "[validator.dataloader]" in out
-    code, out, _ = main(capsys, "check", "--keys", "metrics")
+    code, out, _ = cli_main(capsys, "check", "--keys", "metrics")
     assert code == 0
     assert out.startswith("[metrics]\n  log_freq = 10    a whole number\n      How often to log metrics")
     assert "enable_tensorboard = true" in out
-    code, _, error = main(capsys, "check", "--keys", "metric")
+    code, _, error = cli_main(capsys, "check", "--keys", "metric")
     assert (code, error) == (2, "--keys: unknown table 'metric'; did you mean \"metrics\"?\n")
 
 
@@ -223,10 +215,10 @@ def test_plot(capsys, tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(nitp_titan.plot, "plot_runs", lambda runs, out: calls.append((runs, out)))
-    assert main(capsys, "plot", "a", "b", "--out", "c.png")[:2] == (0, "c.png\n")
+    assert cli_main(capsys, "plot", "a", "b", "--out", "c.png")[:2] == (0, "c.png\n")
     assert calls == [([Path("a"), Path("b")], Path("c.png"))]
     monkeypatch.undo()
-    code, out, error = main(capsys, "plot", str(tmp_path / "none"), "--out", str(tmp_path / "c.png"))
+    code, out, error = cli_main(capsys, "plot", str(tmp_path / "none"), "--out", str(tmp_path / "c.png"))
     assert (code, out) == (2, "")
     assert "none" in error
 
@@ -235,7 +227,7 @@ def test_env(capsys, monkeypatch):
     import nitp_titan.env
 
     monkeypatch.setattr(nitp_titan.env, "environment_report", lambda: "all of it")
-    assert main(capsys, "env") == (0, "all of it\n", "")
+    assert cli_main(capsys, "env") == (0, "all of it\n", "")
 
 
 def test_interrupt_is_quiet(capsys, monkeypatch):
@@ -243,7 +235,7 @@ def test_interrupt_is_quiet(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load_job", interrupt)
-    assert main(capsys, "check", DEBUG) == (130, "", "")
+    assert cli_main(capsys, "check", DEBUG) == (130, "", "")
 
 
 def test_closed_pipe_is_quiet():

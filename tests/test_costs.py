@@ -13,6 +13,7 @@ from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.models.registry import decoder_config
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import Projector
+from tests.decoders import ODD_SHAPES
 
 PAPER = {  # total and active parameters in billions, PAPER.md section 3
     "0.5B": (0.494, 0.494),
@@ -23,24 +24,7 @@ PAPER = {  # total and active parameters in billions, PAPER.md section 3
     "9B-A1B": (8.75, 1.062),
     "45B-A5.5B": (44.94, 5.542),
 }
-ODD = {
-    "dense, tied, heads wider than the model": Shape(
-        dim=48, n_layers=5, n_heads=6, n_kv_heads=3, head_dim=10, hidden_dim=100, vocab_size=77, max_seq_len=64,
-        tie_embeddings=True,
-    ),
-    "dense, untied": Shape(
-        dim=40, n_layers=2, n_heads=4, n_kv_heads=1, head_dim=6, hidden_dim=33, vocab_size=51, max_seq_len=64
-    ),
-    "experts, two dense blocks, three shared": Shape(
-        dim=48, n_layers=5, n_heads=8, n_kv_heads=2, head_dim=6, hidden_dim=70, vocab_size=90, max_seq_len=64,
-        num_experts=7, top_k=3, expert_hidden_dim=20, num_shared_experts=3, n_dense_layers=2,
-    ),
-    "experts everywhere, none shared, tied": Shape(
-        dim=32, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=60, max_seq_len=64,
-        num_experts=6, top_k=1, expert_hidden_dim=24, tie_embeddings=True,
-    ),
-}  # fmt: skip
-SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD
+SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD_SHAPES
 
 
 # --- the paper's figures
@@ -71,7 +55,7 @@ def test_the_papers_formula_counts_a_dense_models_feed_forward_as_one_expert():
 
 
 def test_a_dense_model_by_hand():
-    parts = parts_of_shape(ODD["dense, tied, heads wider than the model"])
+    parts = parts_of_shape(ODD_SHAPES["dense, tied, heads wider than the model"])
     block = [(48, 60), (48, 30), (48, 30), (60, 48), (48, 100), (48, 100), (100, 48)]
     matrices = 5 * block + [(48, 77)]
     weights = sum(a * b for a, b in matrices)
@@ -103,7 +87,7 @@ def test_a_dense_model_by_hand():
 
 
 def test_a_mixture_of_experts_by_hand():
-    parts = parts_of_shape(ODD["experts, two dense blocks, three shared"])
+    parts = parts_of_shape(ODD_SHAPES["experts, two dense blocks, three shared"])
     attention = [(48, 48), (48, 12), (48, 12), (48, 48)]
     dense = [(48, 70), (48, 70), (70, 48)]
     expert = [(48, 20), (48, 20), (20, 48)]
@@ -186,7 +170,7 @@ def counted_flops(shape: Shape, length: int) -> dict[str, int]:
     return {str(op): count / (2 * length) for op, count in counter.get_flop_counts()["Global"].items()}
 
 
-@pytest.mark.parametrize("name", ["debug", "debug_moe", *ODD])
+@pytest.mark.parametrize("name", ["debug", "debug_moe", *ODD_SHAPES])
 def test_flops_are_those_that_a_real_model_does(name):
     shape, length = SHAPES[name], 32
     counts = counted_flops(shape, length)

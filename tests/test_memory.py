@@ -24,26 +24,7 @@ from nitp_titan.memory import GIB, Run, memory
 from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.models.registry import decoder_config, model_registry
 from nitp_titan.nitp_config import NITPConfig
-from tests.decoders import built
-
-ODD = {
-    "dense, tied, heads wider than the model": Shape(
-        dim=48, n_layers=5, n_heads=6, n_kv_heads=3, head_dim=10, hidden_dim=100, vocab_size=77, max_seq_len=64,
-        tie_embeddings=True,
-    ),
-    "dense, untied": Shape(
-        dim=40, n_layers=2, n_heads=4, n_kv_heads=1, head_dim=6, hidden_dim=33, vocab_size=51, max_seq_len=64
-    ),
-    "experts, two dense blocks, three shared": Shape(
-        dim=48, n_layers=5, n_heads=8, n_kv_heads=2, head_dim=6, hidden_dim=70, vocab_size=90, max_seq_len=64,
-        num_experts=7, top_k=3, expert_hidden_dim=20, num_shared_experts=3, n_dense_layers=2,
-    ),
-    "experts everywhere, none shared, tied": Shape(
-        dim=32, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=60, max_seq_len=64,
-        num_experts=6, top_k=1, expert_hidden_dim=24, tie_embeddings=True,
-    ),
-}  # fmt: skip
-SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD
+from tests.decoders import ODD_SHAPES, built
 
 
 def layout(**degrees: int) -> Layout:
@@ -59,7 +40,7 @@ STORED = ("weights", "gradients", "optimizer_states", "projector")
 
 
 def test_memory_of_one_rank_by_hand():
-    shape = ODD["dense, untied"]
+    shape = ODD_SHAPES["dense, untied"]
     parts, d, tokens = parts_of_shape(shape), 40, 128
     found = memory(parts, NITPConfig(), layout(), RUN)
     assert found is not None
@@ -179,7 +160,7 @@ def test_working_memory_scales_with_the_batch_and_the_ranks_of_a_sequence():
 
 
 def test_activations_under_tensor_and_expert_parallelism_by_hand():
-    shape = ODD["experts, two dense blocks, three shared"]
+    shape = ODD_SHAPES["experts, two dense blocks, three shared"]
     d, qkv, out, dense, shared, top_k = 48, 48 + 12 + 12, 2 * 48 + 4 * 8, 70, 3 * 20, 3
 
     def activations(**degrees: int) -> float:

@@ -22,7 +22,7 @@ def test_geometry_is_of_the_valid_tokens_of_all_micro_batches():
     torch.manual_seed(0)
     states = torch.randn(2, 3, 8, 5) * torch.tensor([9.0, 3.0, 1.0, 0.3, 0.1])
     valid = torch.rand(2, 3, 8) > 0.4
-    geometry, part = HiddenStateGeometry(ALONE, torch.device("cpu")), part_with_norm()
+    geometry, part = HiddenStateGeometry(ALONE), part_with_norm()
     with geometry.observing([part]):
         for h_BLD, valid_BL in zip(states, valid, strict=True):
             geometry.expect(torch.where(valid_BL, 1, -100))
@@ -33,7 +33,7 @@ def test_geometry_is_of_the_valid_tokens_of_all_micro_batches():
 
 
 def test_nothing_is_observed_outside_and_nothing_stays_behind_an_error():
-    geometry, part = HiddenStateGeometry(ALONE, torch.device("cpu")), part_with_norm()
+    geometry, part = HiddenStateGeometry(ALONE), part_with_norm()
 
     def failing_step():
         with geometry.observing([part]):

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitp_titan import cli
 from nitp_titan.costs import flops, mtp_flops, parts_of_shape
 from nitp_titan.job import load_job, machine
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import decoder_config
 from nitp_titan.report import parts_of_config, render, report, summary
+from tests.commands import cli_main
 from tests.decoders import backbone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,17 +39,8 @@ def in_the_root(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-def main(capsys, *arguments: str):
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as end:
-        code = end.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_json_of_9b_is_the_papers(capsys):
-    code, out, error = main(capsys, "report", "9B-A1B", "--ngpu", "8", "--json")
+    code, out, error = cli_main(capsys, "report", "9B-A1B", "--ngpu", "8", "--json")
     assert (code, error) == (0, "")
     found = json.loads(out)
     assert set(found) == KEYS
@@ -81,7 +72,7 @@ def test_every_flavor_has_a_report_for_people(name):
 
 
 def test_numbers_are_readable(capsys):
-    out = main(capsys, "report", "9B-A1B", "--ngpu", "8")[1]
+    out = cli_main(capsys, "report", "9B-A1B", "--ngpu", "8")[1]
     rows = {" ".join(line.split()[:2]): line for line in out.splitlines()}
     assert rows["total 8.75B"]
     assert "1.06B" in rows["active on"]
@@ -89,7 +80,7 @@ def test_numbers_are_readable(capsys):
     assert "118 MFLOPs" in out
     assert "2.3 %" in out
     assert "unembedding 195M" in rows
-    assert main(capsys, "report", "debug")[1].startswith("debug on 1 rank\n")
+    assert cli_main(capsys, "report", "debug")[1].startswith("debug on 1 rank\n")
 
 
 def test_a_file_and_its_overrides_are_what_is_reported(tmp_path):
@@ -183,7 +174,7 @@ def test_what_does_not_fit_says_so(capsys):
     ],
 )
 def test_unknown_names_are_one_line_with_the_nearest(capsys, name, hint):
-    code, out, error = main(capsys, "report", name)
+    code, out, error = cli_main(capsys, "report", name)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith(f"{name}: {hint}")
 
@@ -191,25 +182,25 @@ def test_unknown_names_are_one_line_with_the_nearest(capsys, name, hint):
 def test_a_bad_job_is_refused(capsys, tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('[model]\nflavor = "debug"\n[nitp]\nweight = nan\n')
-    code, out, error = main(capsys, "report", str(path))
+    code, out, error = cli_main(capsys, "report", str(path))
     assert (code, out) == (2, "")
     assert error.startswith(f"{path}:4: [nitp] weight: found nan")
-    code, _, error = main(capsys, "report", "debug", "--training.stepss", "3")
+    code, _, error = cli_main(capsys, "report", "debug", "--training.stepss", "3")
     assert code == 2
     assert "--training.stepss" in error
-    assert main(capsys, "report", "debug", "--ngpu", "0")[0] == 2
-    assert main(capsys, "report")[0] == 2
-    code, out, _ = main(capsys, "report", "--help")
+    assert cli_main(capsys, "report", "debug", "--ngpu", "0")[0] == 2
+    assert cli_main(capsys, "report")[0] == 2
+    code, out, _ = cli_main(capsys, "report", "--help")
     assert code == 0
     assert "nitp-titan report FLAVOR|FILE" in out
 
 
 def test_world_size_of_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert json.loads(main(capsys, "report", "debug", "--json")[1])["ngpu"] == 4
-    assert json.loads(main(capsys, "report", "debug", "--json", "--ngpu", "2")[1])["ngpu"] == 2
+    assert json.loads(cli_main(capsys, "report", "debug", "--json")[1])["ngpu"] == 4
+    assert json.loads(cli_main(capsys, "report", "debug", "--json", "--ngpu", "2")[1])["ngpu"] == 2
     monkeypatch.setenv("WORLD_SIZE", "two")
-    assert main(capsys, "report", "debug")[2] == "WORLD_SIZE: found 'two', expected a whole number of at least 1\n"
+    assert cli_main(capsys, "report", "debug")[2] == "WORLD_SIZE: found 'two', expected a whole number of at least 1\n"
 
 
 def test_it_is_instant_and_without_torch():
@@ -306,7 +297,7 @@ def test_report_of_an_upstream_model():
 def test_a_model_that_cannot_be_imported_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchtitan.models.llama3", None)
     overrides = ["--model.module", "llama3", "--model.flavor", "8B"]
-    code, out, error = main(capsys, "report", "train_configs/debug.toml", *overrides)
+    code, out, error = cli_main(capsys, "report", "train_configs/debug.toml", *overrides)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("train_configs/debug.toml: [model] module: llama3 8B cannot be built: ")
 

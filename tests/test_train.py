@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nitp_titan.plot import read_scalars
 from nitp_titan.train import split_config_file
-
-ROOT = Path(__file__).parent.parent
-
-
-def call(*words: str, entry: tuple[str, ...] = (sys.executable, "-m", "nitp_titan.train"), **environment: str):
-    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in unset} | environment
-    return subprocess.run([*entry, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-def debug_job(folder: Path, *words: str) -> tuple[str, ...]:
-    return (
-        "--job.config_file=train_configs/debug.toml",
-        "--job.dump_folder",
-        str(folder),
-        "--training.seq_len=64",
-        "--metrics.log_freq=1",
-        "--checkpoint.interval=2",
-        "--lr_scheduler.total_steps=4",
-        *words,
-    )
-
-
-def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss_metrics/global_avg_loss"] for line in lines}
+from tests.commands import call, debug_job, losses
 
 
 def test_a_run_leaves_what_the_readme_says_and_is_reproduced_by_its_resolved_file(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,7 @@ from nitp_titan.loss import JointLoss
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.trainer import NITPTrainer
-from tests.trainers import running, trainer_config, write_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def metric_lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.trainers import metric_lines, running, trainer_config
 
 
 def stock_loss() -> ChunkedLossWrapper.Config:

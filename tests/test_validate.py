@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +11,7 @@ from torchtitan.components.optimizer import default_adamw
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import next_token_mask
 from nitp_titan.validate import Validator
-from tests.trainers import running, trainer_config, write_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def metric_lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.trainers import metric_lines, running, trainer_config
 
 
 def test_validation_has_total_ntp_and_nitp(tmp_path, corpus):

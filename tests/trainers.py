@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -67,6 +68,11 @@ def trainer_config(dump_folder: Path, corpus: Path, **changes: Any) -> NITPTrain
     for name, value in changes.items():
         setattr(config, name, value)
     return config
+
+
+def metric_lines(run: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @contextlib.contextmanager

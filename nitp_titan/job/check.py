@@ -50,15 +50,13 @@ def check_model(draft: Draft) -> Iterator[Problem]:
 
 def _can_be_found(module: str) -> bool:
     """Whether there is such a module, without running any of it: of TorchTitan's own packages that takes seconds."""
-    package = importlib.util.find_spec(module.split(".")[0])
-    if package is None or not package.submodule_search_locations:
-        return False
-    return any(
-        (folder / name).exists()
-        for location in package.submodule_search_locations
-        for folder, name in [(Path(location, *module.split(".")[1:-1]), module.split(".")[-1])]
-        for name in (f"{name}.py", f"{name}/__init__.py")
-    )
+    first, *rest = module.split(".")
+    package = importlib.util.find_spec(first)
+    places = (package and package.submodule_search_locations) or ()
+    files = [
+        Path(place, *rest[:-1], name) for place in places for name in (f"{rest[-1]}.py", f"{rest[-1]}/__init__.py")
+    ]
+    return any(file.exists() for file in files)
 
 
 def check_nitp(draft: Draft) -> Iterator[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from nitp_titan.nitp_config import NITPConfig
 from tests.ranks import run_on_ranks
-from tests.trainers import running, trainer_config, write_corpus
+from tests.trainers import metric_lines, running, trainer_config, write_corpus
 
 TAGS = (
     "loss_metrics/global_avg_loss",
@@ -61,8 +60,7 @@ def train(folder: Path, corpus: Path, seed_checkpoint: Path, flavor: str, local:
 
 
 def values(folder: Path) -> torch.Tensor:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([[line[tag] for tag in TAGS] for line in lines], dtype=torch.float64)
+    return torch.tensor([[line[tag] for tag in TAGS] for line in metric_lines(folder)], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

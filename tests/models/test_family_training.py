@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from torchtitan.components.optimizer import default_adamw
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
-from tests.trainers import running, trainer_config, write_corpus
+from tests.trainers import metric_lines, running, trainer_config
 
 FAMILY = [name for name in FLAVORS if not name.startswith("debug")]
 
@@ -25,11 +23,6 @@ def shrunken(flavor: str) -> dict[str, Any]:
     if shape.num_experts:
         small |= {"num_experts": 6, "top_k": 2, "expert_hidden_dim": 32}
     return small
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("flavor", FAMILY)
@@ -48,7 +41,7 @@ def test_a_shrunken_twin_learns(flavor, tmp_path, corpus):
         assert model.layers["0"].attention.head_dim == shape.head_dim
         assert model.config.target_layer == paper["target_layer"]
         trainer.train()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path)
     for tag in ("loss_metrics/ntp_loss", "loss_metrics/nitp_loss"):
         assert lines[-1][tag] < 0.99 * lines[0][tag], tag
     assert ("moe/max_load" in lines[0]) == bool(shape.num_experts)
