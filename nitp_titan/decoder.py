@@ -25,7 +25,10 @@ from typing import Any
 import spmd_types as spmd
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from torchtitan.config import ParallelismConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import dense_activation_placement, set_dense_ffn_sharding
@@ -33,10 +36,13 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import ModuleDict
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+from torchtitan.tools.utils import set_default_dtype
 
 from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.objective import nitp_loss, pair_mask, shift_left
+from nitp_titan.objective import nitp_loss
+from nitp_titan.pairs import counted
+from nitp_titan.sequence_shards import SequenceShards, take_rows
 
 PROJECTOR_PREFIX = "projector."
 """How the names of the projector's parameters begin: ``projector.w1.weight`` and so on."""
@@ -92,6 +98,9 @@ class NITPDecoder:
     nitp_active: bool = True
     """Whether this step has the NITP term; the trainer clears it before ``nitp.start_step``."""
 
+    sequence: SequenceShards = SequenceShards()
+    """How sequences are spread over ranks; set where the model is parallelized."""
+
     _nitp_loss: Callable[..., torch.Tensor] = staticmethod(nitp_loss)
 
     def __init__(self, config: Any):
@@ -103,74 +112,153 @@ class NITPDecoder:
         """Compile the NITP loss, as TorchTitan does its own (``compile.components`` has "loss")."""
         self._nitp_loss = torch.compile(nitp_loss, backend=backend)
 
+    # The three below read what a pipeline stage has kept of the model; without pipeline parallelism that is all of it.
+
+    @property
+    def _has_target(self) -> bool:
+        """Whether the residual stream after the target block passes through here: it is what the next block reads."""
+        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        if target_layer == len(self.config.layers):  # pyrefly: ignore [missing-attribute]
+            return self.norm is not None  # pyrefly: ignore [missing-attribute]
+        return str(target_layer) in self.layers
+
+    @property
+    def receives_target(self) -> bool:
+        """Whether the previous pipeline stage sends the target along with the residual stream."""
+        if self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+            return False
+        last = len(self.config.layers)  # pyrefly: ignore [missing-attribute]
+        # pyrefly: ignore [missing-attribute]
+        after_blocks = last if self.norm is not None else last + 1  # pyrefly: ignore [missing-attribute]
+        # pyrefly: ignore [missing-attribute]
+        first = 0 if self.tok_embeddings is not None else min(map(int, self.layers), default=after_blocks)
+        return first > self.config.target_layer  # pyrefly: ignore [missing-attribute]
+
+    @property
+    def sends_target(self) -> bool:
+        """Whether a later pipeline stage needs the target from here."""
+        if self.lm_head is not None or self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+            return False
+        return self._has_target or self.receives_target
+
     def forward(
         self,
         tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        attention_masks: Any = None,
-        *,
+        *args: Any,
         labels: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Map tokens (B, L) to logits (B, L, V), or with ``labels`` (B, L) to the loss sums (1, 2): [[NTP, NITP]].
 
-        Both sums are fp32, over this batch alone: NTP's over valid labels, NITP's over valid pairs (paper eq. 3).
-        The NITP sum is zero, and nothing of it is computed, while ``nitp_active`` is false.
+        Both sums are fp32, over this batch alone: NTP's over valid labels, NITP's over valid pairs (paper eq. 3);
+        under context parallelism over this rank's tokens. The NITP sum is zero, and nothing of it is computed, while
+        ``nitp_active`` is false.
+
+        Args:
+            args, kwargs: the decoder's own: positions (B, L), attention masks.
+            pairs: (B, L) bool, where the NITP loss counts. By default from positions and labels, which under context
+                parallelism do not say it.
+
+        A pipeline stage maps the residual stream (B, L, D) of the previous one, and the target (B, L, D) if it
+        :attr:`receives_target`, to its own, with the target if it :attr:`sends_target`.
+
+        Raises:
+            ValueError: no ``pairs`` under context parallelism.
         """
-        nitp, target_layer = self.config.nitp, self.config.target_layer  # pyrefly: ignore [missing-attribute]
-        with self.layers.tapped(target_layer) as tap:
-            # pyrefly: ignore [missing-attribute]
-            h_BLD = super().forward(tokens, positions=positions, attention_masks=attention_masks, **kwargs)
+        target_BLD = None
+        if self.receives_target:
+            target_BLD, *args = args
+        with self._tapped() as tap:
+            h_BLD = super().forward(tokens, *args, **kwargs)  # pyrefly: ignore [missing-attribute]
+        if target_BLD is None:
+            # A stage without blocks before the norm, the target being the last block's output: that is its input.
+            target_BLD = tap.residual_BLD if tap.residual_BLD is not None else tokens
+        if self.lm_head is None:  # pyrefly: ignore [missing-attribute]
+            return (h_BLD, self._cut(target_BLD)) if self.sends_target else h_BLD
         if labels is None:
             return self.lm_head(h_BLD)  # pyrefly: ignore [missing-attribute]
 
         ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
         if self.nitp_active:
-            assert tap.residual_BLD is not None, f"no block {target_layer} among {list(self.layers)}"
-            mask_BL = counted(nitp, positions, labels)
-            nitp_sum = self._nitp_sum(h_BLD, tap.residual_BLD, mask_BL)
+            if pairs is None:
+                if self.sequence.context > 1:
+                    raise ValueError("pairs: found None, expected a (B, L) mask under context parallelism")
+                nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+                pairs = counted(nitp, kwargs.get("positions", args[0] if args else None), labels)
+            nitp_sum = self._nitp_sum(h_BLD, target_BLD, pairs)
         else:
             nitp_sum = torch.zeros_like(ntp_sum)
         # Joined rather than viewed as (1, 2): FSDP hooks into what a module returns.
         return torch.cat([ntp_sum.view(1, 1), nitp_sum.view(1, 1)], dim=1)
 
+    def _tapped(self) -> contextlib.AbstractContextManager[Tap]:
+        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        if isinstance(self.layers, TappedBlocks):
+            return self.layers.tapped(target_layer)
+        # TorchTitan's pipelining leaves a stage without blocks an empty dictionary of its own.
+        return contextlib.nullcontext(Tap(target_layer))
+
+    def _cut(self, target_BLD: torch.Tensor) -> torch.Tensor:
+        # Cut early, not in the loss alone: moving a target between ranks has a backward pass of its own.
+        return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD  # pyrefly: ignore
+
     def _nitp_sum(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
         if nitp.loss == "generic_cosine":
-            return self._nitp_loss(_replicated(h_BLD), None, mask_BL, kind=nitp.loss)
+            return self._nitp_loss(_local(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
+        loss = partial(self._nitp_loss, kind=nitp.loss, stop_gradient=nitp.stop_gradient)
         prediction_BLD = self.projector(h_BLD) if self.projector is not None else h_BLD
-        # Cut here, not in the loss alone: gathering a target has a backward pass of its own.
-        target_BLD = _replicated(target_BLD.detach() if nitp.stop_gradient else target_BLD)
-        if nitp_shift(nitp):
-            target_BLD = shift_left(target_BLD)
-        return self._nitp_loss(
-            _replicated(prediction_BLD), target_BLD, mask_BL, kind=nitp.loss, stop_gradient=nitp.stop_gradient
-        )
+        # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
+        sharded = self.sequence.tensor > 1
+        placement = Shard(1) if sharded else Replicate()
+        mesh = prediction_BLD.device_mesh if isinstance(prediction_BLD, DTensor) else None
+        prediction_BLD = _local(prediction_BLD, placement)
+        target_BLD = _local(self._cut(target_BLD), placement)
+        if sharded:
+            mask_BL = mask_BL.chunk(self.sequence.tensor, dim=1)[self.sequence.rank % self.sequence.tensor]
+
+        nitp_sum = _sum_over_pairs(loss, prediction_BLD, target_BLD, mask_BL, nitp.shift, self.sequence)
+        if sharded:
+            assert mesh is not None
+            nitp_sum = DTensor.from_local(nitp_sum, mesh, [Partial()], run_check=False)
+            nitp_sum = nitp_sum.redistribute(placements=[Replicate()]).to_local()
+        return nitp_sum
 
 
-def nitp_shift(nitp: NITPConfig) -> int:
-    """The shift that decides which positions count: the generic-cosine baseline has no target, so none."""
-    return 0 if nitp.loss == "generic_cosine" else nitp.shift
+def _sum_over_pairs(
+    loss: Callable[..., torch.Tensor],
+    prediction_BLD: torch.Tensor,
+    target_BLD: torch.Tensor,
+    mask_BL: torch.Tensor,
+    shift: int,
+    sequence: SequenceShards,
+) -> torch.Tensor:
+    """Sum the loss over this rank's predictions, each against the target ``shift`` positions later.
 
-
-def counted(nitp: NITPConfig, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """Return which positions of a batch count in the NITP loss: (B, L) bool.
-
-    Args:
-        positions: (B, L); without them every row is one document, as TorchTitan's attention takes it.
-        labels: (B, L).
+    The target is looked at one row further on rather than moved: no copy of it.
     """
-    if positions is None:
-        positions = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
-    return pair_mask(positions, labels, shift=nitp_shift(nitp))
+    if shift == 0:
+        return loss(prediction_BLD, target_BLD, mask_BL)
+    if sequence.ranks == 1:
+        return loss(prediction_BLD[:, :-1], target_BLD[:, 1:], mask_BL[:, :-1])
+    plan = sequence.plan(mask_BL.shape[1])
+    inside_BL = mask_BL.clone()
+    for row in plan.ends:
+        inside_BL[:, row] = False
+    inside = loss(prediction_BLD[:, :-1], target_BLD[:, 1:], inside_BL[:, :-1])
+    # A row or two: not worth a compilation of their own.
+    eager = partial(nitp_loss, **loss.keywords)  # pyrefly: ignore [missing-attribute]
+    next_BKD = sequence.next_rows(target_BLD, plan)
+    return inside + eager(take_rows(prediction_BLD, plan.rows), next_BKD, take_rows(mask_BL, plan.rows))
 
 
-def _replicated(x: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that tensor parallelism may have sharded, as a plain one."""
+def _local(x: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """This rank's plain tensor of what tensor parallelism may have spread, in the given placement."""
     if not isinstance(x, DTensor):
         return x
-    replicate = [Replicate()] * x.device_mesh.ndim
-    return x.redistribute(placements=replicate).to_local(grad_placements=replicate)
+    placements = [placement] * x.device_mesh.ndim
+    return x.redistribute(placements=placements).to_local(grad_placements=placements)
 
 
 @functools.cache
@@ -188,8 +276,11 @@ def _twin_class(base: type[Decoder]) -> Any:
                 base.Config.update_from_config(self, config=config, **kwargs)
                 if self.projector is not None:
                     # Its input is what lm_head sees: gathered over the sequence, replicated over tensor parallelism.
+                    # Its output is sharded as the target is.
                     set_dense_ffn_sharding(
-                        self.projector, attn_x_layout=dense_activation_placement(tp=spmd.R), enable_sp=False
+                        self.projector,
+                        attn_x_layout=dense_activation_placement(tp=spmd.R),
+                        enable_sp=config.parallelism.enable_sequence_parallel,
                     )
 
     Twin.__name__ = Twin.__qualname__ = f"NITP[{base.__name__}]"
@@ -209,14 +300,44 @@ def _projector_config(dim: int, nitp: NITPConfig) -> FeedForward.Config | None:
 
 
 def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Module:
-    """Compile what NITP adds, then do what the decoder's own function does (which shards the whole model)."""
+    """Compile what NITP adds, then do what the decoder's own function does (which shards the whole model).
+
+    ``model`` may be one pipeline stage, without projector and unembedding.
+    """
+    assert isinstance(model, NITPDecoder)
+    model.sequence = _sequence_shards(kwargs["parallel_dims"], kwargs["parallelism"])
+    if model.lm_head is None:  # pyrefly: ignore [missing-attribute]
+        model.projector = None
+    elif model.projector is None and model.config.projector is not None:  # pyrefly: ignore [missing-attribute]
+        # TorchTitan's pipelining keeps the modules that it knows by name: the last stage's is built again.
+        with torch.device("meta"), set_default_dtype(next(model.parameters()).dtype):
+            model.projector = model.config.projector.build()  # pyrefly: ignore [missing-attribute]
     compile_config = kwargs["compile_config"]
     if compile_config.enable and "model" in compile_config.components and model.projector is not None:
         model.projector.compile(backend=compile_config.backend, fullgraph=True)
-    if compile_config.enable and "loss" in compile_config.components:
-        model.lm_head.compile_loss(compile_config.backend)  # pyrefly: ignore [not-callable]
-        model.compile_nitp_loss(compile_config.backend)  # pyrefly: ignore [not-callable]
+    # pyrefly: ignore [missing-attribute]
+    if compile_config.enable and "loss" in compile_config.components and model.lm_head is not None:
+        model.lm_head.compile_loss(compile_config.backend)
+        model.compile_nitp_loss(compile_config.backend)
     return stock(model, **kwargs)
+
+
+def _sequence_shards(parallel_dims: ParallelDims, parallelism: ParallelismConfig) -> SequenceShards:
+    context = parallel_dims.cp
+    tensor = parallel_dims.tp if parallelism.enable_sequence_parallel else 1
+    meshes = [name for name, degree in (("cp", context), ("tp", tensor)) if degree > 1]
+    if not meshes:
+        return SequenceShards()
+    mesh = parallel_dims.get_mesh(meshes)
+    if len(meshes) > 1:
+        mesh = mesh._flatten()
+    return SequenceShards(
+        context=context,
+        tensor=tensor,
+        head_tail=context > 1 and parallelism.context_parallel_load_balancer == "headtail",
+        rank=mesh.get_local_rank(),
+        group=mesh.get_group(),
+    )
 
 
 @functools.cache
@@ -269,6 +390,5 @@ def nitp_model_spec(spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 20
         spec,
         model=twin,
         parallelize_fn=partial(_parallelize, stock=spec.parallelize_fn),
-        pipelining_fn=None,
         state_dict_adapter=_backbone_adapter(adapter) if adapter is not None else None,
     )

@@ -100,8 +100,14 @@ def _chunked_cross_entropy(torch: Version, device: Device) -> Verdict:
     return True, ""
 
 
-def _not_yet(torch: Version, device: Device) -> Verdict:
-    return False, "not yet in this version"
+def _pipeline_parallel(torch: Version, device: Device) -> Verdict:
+    if torch < (2, 13):
+        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
+    return True, ""
+
+
+def _context_parallel(torch: Version, device: Device) -> Verdict:
+    return True, "" if device.is_gpu else "with a dense mask over all keys"
 
 
 def _upstream_entry(torch: Version, device: Device) -> Verdict:
@@ -129,8 +135,8 @@ FEATURES: tuple[tuple[str, Callable[[Version, Device], Verdict]], ...] = (
     ("CUDA graphs", _cuda_graphs),
     ("upstream's chunked cross-entropy", _chunked_cross_entropy),
     ("expert parallelism", _expert_parallel),
-    ("pipeline parallelism", _not_yet),
-    ("context parallelism", _not_yet),
+    ("pipeline parallelism", _pipeline_parallel),
+    ("context parallelism", _context_parallel),
     ("python -m torchtitan.train", _upstream_entry),
 )
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils as tools
 
 from nitp_titan.geometry import GeometryStatistics
 from nitp_titan.metrics import EFFECTIVE_RANK, MAX_LOAD, MEAN_COSINE
@@ -45,12 +46,23 @@ class HiddenStateGeometry:
             self._observing = False
             self._valid_BL.clear()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forward passes are not observed."""
+        observing, self._observing = self._observing, False
+        try:
+            yield
+        finally:
+            self._observing = observing
+
     def expect(self, labels_BL: torch.Tensor) -> None:
         """Announce the labels (B, L) of the next forward pass: tokens whose label is ignored do not count."""
         if self._observing:
             self._valid_BL.append(labels_BL != IGNORE_INDEX)
 
     def _observe(self, module: nn.Module, args: Any, h_BLD: torch.Tensor) -> None:
+        if not self._observing:
+            return
         h_BLD = h_BLD.detach()
         if isinstance(h_BLD, DTensor):
             h_BLD = h_BLD.full_tensor()
@@ -98,12 +110,15 @@ class ExpertLoad:
 
     def take(self) -> dict[str, float]:
         """Return the step's figure, over all ranks; {} for a model without routed experts."""
-        if self._before_LE is None or self._after_LE is None:
-            return {}
-        counts_LE = self._after_LE - self._before_LE
-        self._before_LE = self._after_LE = None
         dims = self._parallel_dims
-        if dims.ep_enabled and dims.tp > 1:
-            counts_LE = dist_utils.dist_sum_tensor(counts_LE, dims.get_mesh("tp"))
-        counts_LE = dist_utils.dist_sum_tensor(counts_LE, dims.get_optional_mesh("loss"))
-        return {MAX_LOAD: (counts_LE.amax(dim=1) / counts_LE.mean(dim=1).clamp(min=1e-9)).max().item()}
+        load = torch.zeros((), device=tools.device_type)
+        if self._before_LE is not None and self._after_LE is not None:
+            counts_LE = self._after_LE - self._before_LE
+            if dims.ep_enabled and dims.tp > 1:
+                counts_LE = dist_utils.dist_sum_tensor(counts_LE, dims.get_mesh("tp"))
+            counts_LE = dist_utils.dist_sum_tensor(counts_LE, dims.get_optional_mesh("loss"))
+            load = (counts_LE.amax(dim=1) / counts_LE.mean(dim=1).clamp(min=1e-9)).max()
+        self._before_LE = self._after_LE = None
+        # A pipeline's stages have layers of their own, perhaps none with experts.
+        worst = dist_utils.dist_max(load, mesh) if (mesh := dims.get_optional_mesh("pp")) else load.item()
+        return {MAX_LOAD: worst} if worst else {}

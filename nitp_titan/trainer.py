@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from torchtitan.tools import utils as tools
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
-from nitp_titan.decoder import counted, nitp_model_spec
+from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.loss import JointLoss
 from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.metrics import NITP, NTP, MetricsProcessor
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.observers import ExpertLoad, HiddenStateGeometry
+from nitp_titan.pairs import context_shard, counted
+from nitp_titan.pipeline import isolate_rehearsal
 from nitp_titan.validate import Validator
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -53,6 +56,8 @@ class NITPTrainer(Trainer):
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
         assert isinstance(self.metrics_processor, MetricsProcessor)
         self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
+        if self.parallel_dims.pp_enabled:
+            isolate_rehearsal(self.pp_schedule, self._rehearsing)
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
@@ -83,10 +88,13 @@ class NITPTrainer(Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """As TorchTitan's; an NITP decoder also gets the labels, since it returns its losses."""
+        """As TorchTitan's; an NITP decoder also gets the labels, since it returns its losses, and where NITP counts."""
+        whole_labels, positions = labels, input_dict.get("positions")
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
         if isinstance(self.loss_fn, JointLoss):
+            pairs = counted(self.nitp, positions, whole_labels)
             extra_kwargs["labels"] = labels
+            extra_kwargs["pairs"] = context_shard(pairs, self.parallel_dims, self.config.parallelism)
         self.geometry.expect(labels)
         return inputs, labels, extra_kwargs
 
@@ -95,6 +103,18 @@ class NITPTrainer(Trainer):
         loss = super().forward_backward_step(**kwargs)
         self.expert_load.end_micro_batch()
         return loss
+
+    @contextlib.contextmanager
+    def _rehearsing(self) -> Iterator[None]:
+        """What is inside leaves no trace: neither in our sums nor, with NITP, in the model's counters."""
+        counters = [buffer for part in self.model_parts for buffer in part.buffers()]
+        joint = isinstance(self.loss_fn, JointLoss)
+        kept = [*counters, self.loss_fn.parts] if joint else []
+        values = [tensor.clone() for tensor in kept]
+        with self.geometry.paused():
+            yield
+        for tensor, value in zip(kept, values, strict=True):
+            tensor.copy_(value)
 
     def _loss_parts(self) -> dict[str, float]:
         if not isinstance(self.loss_fn, JointLoss):
@@ -149,6 +169,9 @@ def _problems(config: NITPTrainer.Config) -> Iterator[str]:
         yield f"NITP needs loss JointLoss, found {config.loss}"
     if parallelism.spmd_backend != "partial_dtensor":
         yield f'parallelism.spmd_backend: found {parallelism.spmd_backend!r}, expected "partial_dtensor" with NITP'
-    for key in ("pipeline_parallel_degree", "context_parallel_degree"):
-        if getattr(parallelism, key) > 1:
-            yield f"parallelism.{key}: found {getattr(parallelism, key)}, expected 1 with NITP in this version"
+    if parallelism.context_parallel_degree > 1:
+        if parallelism.context_parallel_load_balancer == "ptrr":
+            yield 'parallelism.context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" with NITP'
+        if nitp.loss == "generic_cosine":
+            found = parallelism.context_parallel_degree
+            yield f'parallelism.context_parallel_degree: found {found}, expected 1 with nitp.loss = "generic_cosine"'

@@ -11,9 +11,10 @@ from torchtitan.components import validate as upstream
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
-from nitp_titan.decoder import NITPDecoder, counted
+from nitp_titan.decoder import NITPDecoder
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
+from nitp_titan.pairs import context_shard, counted
 
 
 class Validator(upstream.Validator):
@@ -40,14 +41,17 @@ class Validator(upstream.Validator):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[nn.Module]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """As TorchTitan's; an NITP decoder also gets the labels."""
+        """As TorchTitan's; an NITP decoder also gets the labels, and where NITP counts."""
+        whole_labels, positions = labels, input_dict.get("positions")
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels, model_parts)
         model = model_parts[0]
         if isinstance(model, NITPDecoder):
+            pairs = counted(model.config.nitp, positions, whole_labels)
             extra_kwargs["labels"] = labels
+            extra_kwargs["pairs"] = context_shard(pairs, self.parallel_dims, self.parallelism)
             assert self._pairs is not None
             self._active = model.nitp_active
-            self._pairs += counted(model.config.nitp, extra_kwargs.get("positions"), labels).sum()
+            self._pairs += extra_kwargs["pairs"].sum()
         return inputs, labels, extra_kwargs
 
     def _losses(self, ntp: float) -> dict[str, float]:

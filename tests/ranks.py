@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a process that has imported what they need, which takes longer than most calls.
+mp.get_context("forkserver").set_forkserver_preload(["tests.prepared"])
+
 
 def _rank_main(rank: int, world_size: int, store: str, module: str, name: str, args: tuple, results: Any) -> None:
-    from nitp_titan.runtime import prepare
+    import tests.prepared  # noqa: F401
 
     torch.set_num_threads(1)
-    prepare()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
@@ -37,7 +39,12 @@ def run_on_ranks(world_size: int, function: Callable, *args: Any) -> list[Any]:
     """
     # By name, so that a rank imports TorchTitan only when it has made ready for it.
     where = function.__module__, function.__name__
-    with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Manager() as manager:
+    with tempfile.TemporaryDirectory() as folder, mp.get_context("forkserver").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank_main, args=(world_size, f"{folder}/store", *where, args, results), nprocs=world_size, join=True)
+        mp.start_processes(
+            _rank_main,
+            args=(world_size, f"{folder}/store", *where, args, results),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [results[rank] for rank in range(world_size)]

@@ -196,12 +196,17 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, corpus):
         pass
 
 
+PTRR = ParallelismConfig(
+    spmd_backend="partial_dtensor", context_parallel_degree=2, context_parallel_load_balancer="ptrr"
+)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("parallelism", ParallelismConfig(spmd_backend="full_dtensor"), 'expected "partial_dtensor" with NITP'),
-        ("parallelism", ParallelismConfig(pipeline_parallel_degree=2), "pipeline_parallel_degree: found 2"),
-        ("parallelism", ParallelismConfig(context_parallel_degree=2), "context_parallel_degree: found 2"),
+        ("parallelism", PTRR, 'context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" with NITP'),
+        ("nitp", NITPConfig(loss="generic_cosine"), "context_parallel_degree: found 2, expected 1 with nitp.loss"),
         ("training", TrainingConfig(), "geometry_freq: found 5, expected 0 with CUDA graphs"),
         ("metrics", StockMetricsProcessor.Config(), "metrics: found torchtitan.components.metrics"),
         ("validator", StockValidator.Config(), "validator: found torchtitan.components.validate"),
@@ -210,6 +215,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, corpus):
 def test_what_does_not_go_with_nitp_is_refused_from_python_too(monkeypatch, tmp_path, corpus, key, value, message):
     monkeypatch.setattr("torchtitan.tools.utils.device_type", "cuda")
     config = trainer_config(tmp_path, corpus, nitp=NITPConfig(geometry_freq=5))
+    if key == "nitp":
+        config.parallelism.context_parallel_degree = 2
     setattr(config, key, value)
     with pytest.raises(ValueError, match=message):
         NITPTrainer(config)

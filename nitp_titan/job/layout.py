@@ -23,6 +23,9 @@ DEGREES = (
 NODE = 8
 """GPUs of a node."""
 
+FLEX_BLOCK = 128
+"""Tokens of a block of flex attention's mask: context parallelism spreads whole ones."""
+
 
 def expert_degree(world_size: int, num_experts: int) -> int:
     """Return the degree of expert parallelism that is chosen for a model; 1 for a dense one."""
@@ -158,7 +161,6 @@ def check_support(draft: Draft) -> Iterator[Problem]:
             f'"spmd_types" needs torch >= 2.14, {found}',
             'install a newer torch, or set spmd_backend = "partial_dtensor"',
         )
-    pipeline = draft.get("parallelism", "pipeline_parallel_degree")
     if draft.get("nitp", "enable"):
         backend = draft.get("parallelism", "spmd_backend")
         if backend != "partial_dtensor" and not (backend == "spmd_types" and torch < (2, 14)):
@@ -167,20 +169,40 @@ def check_support(draft: Draft) -> Iterator[Problem]:
                 "spmd_backend",
                 f'found "{backend}", expected "partial_dtensor" with NITP in this version',
             )
-        for key, name in (("pipeline_parallel_degree", "pipeline"), ("context_parallel_degree", "context")):
-            if draft.get("parallelism", key) > 1:
-                yield draft.problem(
-                    "parallelism",
-                    key,
-                    f"{name} parallelism is not supported yet with NITP in this version",
-                    f"set {key} = 1, or nitp.enable = false",
-                )
-    elif pipeline > 1 and torch < (2, 14):
+
+
+def check_context(draft: Draft) -> Iterator[Problem]:
+    """What context parallelism asks of attention, balancer, sequence and loss."""
+    degree = draft.get("parallelism", "context_parallel_degree")
+    if degree <= 1:
+        return
+    backend = draft.get("model", "attn_backend")
+    if backend == "varlen":
         yield draft.problem(
-            "parallelism",
-            "pipeline_parallel_degree",
-            f"pipeline parallelism in torchtitan 0.3 needs torch >= 2.14, {found}",
-            "install a newer torch, or set pipeline_parallel_degree = 1",
+            "model", "attn_backend", f'found "{backend}", expected "flex" with context_parallel_degree {degree}'
+        )
+    if draft.get("nitp", "enable"):
+        if draft.get("parallelism", "context_parallel_load_balancer") == "ptrr":
+            yield draft.problem(
+                "parallelism",
+                "context_parallel_load_balancer",
+                'found "ptrr", expected "headtail" or "none" with NITP: a token\'s successor could be on any rank',
+                "it changes no loss",
+            )
+        if draft.get("nitp", "loss") == "generic_cosine":
+            yield draft.problem(
+                "parallelism",
+                "context_parallel_degree",
+                f'found {degree}, expected 1 with nitp.loss = "generic_cosine": it compares all tokens of a sequence',
+                "tensor parallelism with sequence parallelism spreads a long sequence too",
+            )
+    seq_len, block = draft.get("training", "seq_len"), FLEX_BLOCK * degree
+    if machine.has_gpu() and seq_len % block:
+        yield draft.problem(
+            "training",
+            "seq_len",
+            f"found {seq_len}, expected a multiple of {block}: {FLEX_BLOCK}-token blocks over {degree} context ranks",
+            _neighbours(seq_len, block),
         )
 
 
@@ -257,4 +279,4 @@ def _neighbours(value: int, divisor: int) -> str:
     return f"the nearest are {below} and {below + divisor}" if below else f"the smallest is {divisor}"
 
 
-CHECKS = (check_degrees, check_support, check_heads_and_experts, check_sequence, check_batch)
+CHECKS = (check_degrees, check_support, check_context, check_heads_and_experts, check_sequence, check_batch)

@@ -98,27 +98,6 @@ def check_lr_scheduler(draft: Draft) -> Iterator[Problem]:
         )
 
 
-def check_pipeline(draft: Draft) -> Iterator[Problem]:
-    """A local batch is split into whole pipeline micro-batches."""
-    local = draft.get("training", "local_batch_size")
-    micro = draft.get("parallelism", "pipeline_parallel_microbatch_size")
-    if draft.get("parallelism", "pipeline_parallel_degree") > 1:
-        if micro > 0 and local % micro:
-            yield draft.problem(
-                "parallelism",
-                "pipeline_parallel_microbatch_size",
-                f"found {micro}, expected a divisor of training.local_batch_size {local}",
-            )
-        if not draft.get("training", "disable_cuda_graphs"):
-            yield draft.problem(
-                "training", "disable_cuda_graphs", "found false, expected true: CUDA graphs and pipelines do not mix"
-            )
-        if draft.facts().tied:
-            yield draft.problem(
-                "parallelism", "pipeline_parallel_degree", "a model with tied embeddings cannot be pipelined"
-            )
-
-
 def check_parallelism(draft: Draft) -> Iterator[Problem]:
     """Rules of ParallelismConfig."""
     if draft.get("parallelism", "context_parallel_load_balancer") == "":
@@ -197,7 +176,6 @@ CHECKS = (
     check_ranges,
     check_training,
     check_lr_scheduler,
-    check_pipeline,
     check_parallelism,
     check_compile,
     check_cuda_graphs,

@@ -10,6 +10,7 @@ instead of a BlockMask, and the same products are taken. Sizes are those of debu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,38 @@ def masked_attention(
     return out_transform(out_BNLH.transpose(1, 2), scores_BNLL.logsumexp(dim=-1).transpose(1, 2))
 
 
+def dense_cp_shard(
+    cp_shard: Callable,
+    cp_mesh: Any,
+    inputs: tuple[torch.Tensor, ...],
+    attention_masks: Any,
+    load_balancer_type: str | None = "headtail",
+    **options: Any,
+) -> tuple[tuple[torch.Tensor, ...], Any]:
+    """TorchTitan's ``cp_shard``, with dense masks (B, 1, L, L) too: a rank's queries against all keys.
+
+    Context-parallel attention gathers the keys from the ranks: they come in the balancer's order.
+    """
+    if not isinstance(attention_masks, torch.Tensor):
+        return cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type, **options)
+    if load_balancer_type == "ptrr":
+        raise ValueError('context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" on a CPU')
+    mask_BLL = attention_masks.squeeze(1)
+    if load_balancer_type == "headtail":
+        from torch.distributed.tensor.experimental._attention import _HeadTailLoadBalancer
+
+        order_L = _HeadTailLoadBalancer(mask_BLL.shape[-1], cp_mesh.size(), "cpu")._generate_indices()[0]
+        mask_BLL = mask_BLL[:, :, order_L]
+    (*shards, mask_BLL), _ = cp_shard(cp_mesh, (*inputs, mask_BLL), None, load_balancer_type, **options)
+    return tuple(shards), mask_BLL.unsqueeze(1)
+
+
+def _patch_context_parallel() -> None:
+    import torchtitan.distributed.context_parallel.api as api
+
+    api.cp_shard = partial(dense_cp_shard, api.cp_shard)
+
+
 def _patch_attention() -> None:
     from torchtitan.models.common import attention, decoder
 
@@ -70,5 +103,12 @@ SHIMS = [
         until="torch has one",
         applies=on_cpu,
         apply=_patch_attention,
+    ),
+    Shim(
+        target="torchtitan.distributed.context_parallel.api.cp_shard",
+        reason="it shards BlockMasks alone, and attention on a CPU has a dense mask",
+        until="flex attention has a backward on a CPU",
+        applies=on_cpu,
+        apply=_patch_context_parallel,
     ),
 ]

@@ -20,6 +20,7 @@ from nitp_titan.job.build import build_trainer_config
 from nitp_titan.job.check import CHECKS
 from nitp_titan.job.draft import run_checks
 from nitp_titan.job.models import facts_of
+from nitp_titan.job.pipeline import CHECKS as PIPELINE_RULES
 from nitp_titan.job.resolve import resolve
 from nitp_titan.job.rules import CHECKS as RULES
 from nitp_titan.job.schema import OUR_TABLES, all_tables
@@ -228,7 +229,7 @@ def refused_by_upstream(overrides: list[str]) -> bool:
 )  # fmt: skip
 def test_rules_are_torchtitans(overrides):
     draft, _ = resolve(None, overrides, 1)
-    assert list(run_checks(draft, RULES)) != []
+    assert list(run_checks(draft, [*RULES, *PIPELINE_RULES])) != []
     assert refused_by_upstream(overrides)
 
 
