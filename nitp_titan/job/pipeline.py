@@ -18,8 +18,11 @@ SINGLE = ("1F1B", "GPipe")
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 """Schedules with several stages a rank, two by default."""
 
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules with two stages a rank, one from each end."""
+V_SHAPED = ("ZBVZeroBubble",)
+"""Schedules with two stages a rank, one from each end. Not DualPipeV: TorchTitan logs another rank's loss with it."""
+
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
+"""Schedules that compute gradients of inputs and of weights at different times."""
 
 SCHEDULES = (*SINGLE, *LOOPED, *V_SHAPED)
 
@@ -61,7 +64,9 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
             "parallelism",
             "pipeline_parallel_schedule",
             f"found {quote(found)}, expected {one_of(SCHEDULES)}",
-            did_you_mean(found, SCHEDULES),
+            'with DualPipeV TorchTitan logs no loss; "ZBVZeroBubble" is nearest'
+            if found.lower() == "dualpipev"
+            else did_you_mean(found, SCHEDULES),
         )
         return
     per_stage = draft.get("parallelism", "pipeline_parallel_layers_per_stage")
@@ -90,6 +95,28 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
             f"found {degree}, which makes {stages} stages with {schedule}: too many for {depth} layers, "
             f"of which the ends take {first} + {last}",
             f"the largest degree that fits is {most}",
+        )
+
+
+def check_zero_bubble(draft: Draft) -> Iterator[Problem]:
+    """Schedules that take a backward pass apart, or run it as a V, cannot do everything with it."""
+    if draft.get("parallelism", "pipeline_parallel_degree") <= 1:
+        return
+    schedule = _schedule(draft)
+    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
+    if schedule in SPLIT_BACKWARD and compiled:
+        yield draft.problem(
+            "parallelism",
+            "pipeline_parallel_schedule",
+            f"{schedule} takes the gradients of inputs and weights apart, which compiled blocks do not let it",
+            'set pipeline_parallel_schedule = "Interleaved1F1B", or compile.enable = false',
+        )
+    if schedule in V_SHAPED and draft.get("validator", "enable"):
+        yield draft.problem(
+            "validator",
+            "enable",
+            f"found true, expected false with {schedule}: torch cannot run it forward alone",
+            'pipeline_parallel_schedule = "Interleaved1F1B" can validate',
         )
 
 
@@ -143,11 +170,9 @@ def _orders(schedule: str, number: int, degree: int) -> bool:
     """Whether the schedule takes this number of micro-batches (the constructors in torch's ``schedules.py``)."""
     if schedule == "1F1B":
         return number >= degree
-    if schedule == "DualPipeV":
-        return number >= 2 * degree
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
         return number % max(1, number // degree) == 0
     return True
 
 
-CHECKS = (check_pipeline, check_schedule, check_micro_batches)
+CHECKS = (check_pipeline, check_schedule, check_zero_bubble, check_micro_batches)

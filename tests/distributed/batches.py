@@ -52,6 +52,9 @@ class StraddlingBatches(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         vocab_size: int
 
+        infinite: bool = True
+        """Set by TorchTitan's validator; there is always another batch."""
+
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **kwargs: Any):
         self.vocab_size = config.vocab_size
         rows = ROWS // dp_world_size

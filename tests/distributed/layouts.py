@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from nitp_titan.job.pipeline import V_SHAPED
 
 SHORT = {
     "replicate": "data_parallel_replicate_degree",
@@ -32,15 +35,27 @@ class Layout:
     ac: str | None = None
     """Activation checkpointing: "full" or "selective"."""
 
+    compile: str | None = None
+    """Backend of torch.compile for blocks, projector and losses."""
+
+    @property
+    def data_parallel_degree(self) -> int:
+        degrees = (self.parallelism.get(name, 1) for name in ("cp", "tp", "pp"))
+        return self.ranks // math.prod(degrees)
+
+    @property
+    def validates(self) -> bool:
+        return self.parallelism.get("schedule") not in V_SHAPED
+
     def __str__(self) -> str:
         given = {**self.parallelism, **self.nitp}
         given |= {"local": self.local_batch_size} if self.local_batch_size != 2 else {}
-        given |= {"ac": self.ac} if self.ac else {}
+        given |= {name: value for name in ("ac", "compile") if (value := getattr(self, name))}
         return "-".join([self.model, f"{self.ranks}ranks", *(f"{name}={value}" for name, value in given.items())])
 
 
 def layout(model: str, ranks: int, *, nitp: dict[str, Any] | None = None, **options: Any) -> Layout:
-    own = {name: options.pop(name) for name in ("local_batch_size", "ac") if name in options}
+    own = {name: options.pop(name) for name in ("local_batch_size", "ac", "compile") if name in options}
     return Layout(model, ranks, options, nitp or {}, **own)
 
 
@@ -79,12 +94,17 @@ LAYOUTS = [
     layout("debug", 2, pp=2, schedule="Interleaved1F1B"),
     layout("debug", 2, pp=2, schedule=ZERO_BUBBLE, local_batch_size=4),
     layout("debug", 2, pp=2, schedule="ZBVZeroBubble", local_batch_size=4),
+    layout("debug", 2, pp=2, schedule="GPipe"),
+    layout("debug", 2, pp=2, schedule="LoopedBFS"),
     layout("debug", 4, pp=4, schedule="1F1B", local_batch_size=4),
     layout("debug", 4, pp=2, schedule="1F1B"),
     layout("debug", 4, pp=2, tp=2, schedule="1F1B"),
     layout("debug", 4, pp=2, cp=2, schedule="Interleaved1F1B"),
     layout("debug", 8, pp=2, tp=2, schedule="Interleaved1F1B", ac="selective"),
     layout("debug", 8, pp=2, cp=2, tp=2, schedule="1F1B", nitp=FIRST),
+    layout("debug", 2, compile="aot_eager"),
+    layout("debug", 4, cp=2, tp=2, compile="aot_eager"),
+    layout("debug", 2, pp=2, schedule="Interleaved1F1B", compile="aot_eager"),
     # Our MoE: a dense block and three of 8 experts.
     layout("debug_moe", 2),
     layout("debug_moe", 2, reshard="always", ac="full"),
@@ -98,6 +118,7 @@ LAYOUTS = [
     layout("debug_moe", 2, pp=2, schedule="1F1B", nitp=MOE_LAST),
     layout("debug_moe", 4, pp=2, ep=2, schedule="1F1B"),
     layout("debug_moe", 4, pp=2, ep=2, schedule="Interleaved1F1B", local_batch_size=4),
+    layout("debug_moe", 4, ep=2, tp=2, compile="aot_eager"),
     layout("debug_moe", 8, ep=4, tp=2),
     layout("debug_moe", 8, pp=2, ep=4, tp=2, schedule="1F1B"),
     layout("debug_moe", 8, pp=2, ep=2, cp=2, schedule="1F1B"),

@@ -1,6 +1,7 @@
 """Every layout against one process: same seed checkpoint, same global batches.
 
-Losses, geometry and every gradient of the first step, then five further steps. All layouts run on gloo as they are.
+Losses, geometry and every gradient of the first step, then five further steps and a validation. All layouts run on
+gloo as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
+from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
 from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.validate import Validator
 from tests.decoders import backbone
 from tests.distributed.batches import CUT, ROWS, SEQ_LEN, StraddlingBatches, global_batch
 from tests.distributed.layouts import LAYOUTS, SHORT, Layout
@@ -23,6 +26,7 @@ from tests.trainers import metric_lines, running, trainer_config
 
 LOSSES = ("loss_metrics/global_avg_loss", "loss_metrics/ntp_loss", "loss_metrics/nitp_loss")
 GEOMETRY = ("geometry/effective_rank", "geometry/mean_cosine_similarity")
+VALIDATION = ("validation_metrics/loss", VALIDATION_NTP, VALIDATION_NITP)
 STEPS = 6
 
 MODELS = {
@@ -42,10 +46,17 @@ def config_of(folder: Path, layout: Layout) -> Any:
     spec.model.layers = spec.model.layers[: BLOCKS.get(layout.model)]
     config = trainer_config(folder, folder, nitp=NITPConfig(geometry_freq=1, **layout.nitp), model_spec=spec)
     config.dataloader = StraddlingBatches.Config(vocab_size=min(spec.model.vocab_size, 300))
+    # All rows, and not with V-shaped schedules, which cannot run forward alone.
+    rows = layout.local_batch_size * layout.data_parallel_degree
+    config.validator = Validator.Config(
+        enable=layout.validates, freq=STEPS, steps=ROWS // rows, dataloader=config.dataloader
+    )
     config.training.seq_len, config.training.global_batch_size, config.training.steps = SEQ_LEN, ROWS, STEPS
     config.training.local_batch_size = layout.local_batch_size
     for name, value in layout.parallelism.items():
         setattr(config.parallelism, SHORT[name], value)
+    if layout.compile:
+        config.compile.enable, config.compile.backend = True, layout.compile
     if layout.ac:
         config.activation_checkpoint = {"full": FullAC, "selective": SelectiveAC}[layout.ac].Config()
     return config
@@ -82,8 +93,8 @@ def save_gradients(trainer: Any, folder: Path) -> None:
         torch.save(gradients, folder / f"gradients-{rank}.pt")
 
 
-def values(folder: Path, tags: tuple[str, ...]) -> torch.Tensor:
-    return torch.tensor([[line[tag] for tag in tags] for line in metric_lines(folder)], dtype=torch.float64)
+def values(folder: Path, tags: tuple[str, ...], steps: slice = slice(None)) -> torch.Tensor:
+    return torch.tensor([[line[tag] for tag in tags] for line in metric_lines(folder)[steps]], dtype=torch.float64)
 
 
 def gradients(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,6 +140,9 @@ def test_layout_trains_as_one_process_does(layout: Layout, reference, tmp_path):
     assert losses.shape == (STEPS, len(LOSSES))
     close(losses[0], expected[0], rtol=1e-3 if bf16 else 1e-5)
     close(losses[1:], expected[1:], rtol=5e-3 if bf16 else 1e-4)
+    if layout.validates:
+        last = slice(-1, None)
+        close(values(tmp_path, VALIDATION, last), values(one, VALIDATION, last), rtol=5e-3 if bf16 else 1e-4)
     geometry, expected = values(tmp_path, GEOMETRY), values(one, GEOMETRY)
     close(geometry[0], expected[0], rtol=2e-2 if bf16 else 1e-5)
     close(geometry[1:], expected[1:], rtol=5e-2 if bf16 else 1e-4)

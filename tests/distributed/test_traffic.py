@@ -28,6 +28,7 @@ def second_step(folder: Path, layout: Layout, start_step: int = 0) -> tuple[dict
     """Bytes by operator that this rank sends in a step that is neither the first nor logged; micro-batches in it."""
     config = config_of(folder, layout)
     config.metrics.log_freq = 1000
+    config.validator.enable = False
     config.nitp.geometry_freq, config.nitp.start_step = 0, start_step
     with running(config) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
