@@ -38,7 +38,7 @@ from torchtitan.protocols.module import ModuleDict
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from torchtitan.tools.utils import set_default_dtype
 
-from nitp_titan.linear_cross_entropy import loss_head_config
+from nitp_titan.linear_cross_entropy import Implementation, loss_head_config
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import nitp_loss
 from nitp_titan.pairs import counted
@@ -98,6 +98,9 @@ class NITPDecoder:
     nitp_active: bool = True
     """Whether this step has the NITP term; the trainer clears it before ``nitp.start_step``."""
 
+    compile_early: bool = False
+    """Whether the first step is to compile the NITP branch even if it is inactive, rather than a step in mid-run."""
+
     sequence: SequenceShards = SequenceShards()
     """How sequences are spread over ranks; set where the model is parallelized."""
 
@@ -153,7 +156,7 @@ class NITPDecoder:
 
         Both sums are fp32, over this batch alone: NTP's over valid labels, NITP's over valid pairs (paper eq. 3);
         under context parallelism over this rank's tokens. The NITP sum is zero, and nothing of it is computed, while
-        ``nitp_active`` is false.
+        ``nitp_active`` is false (but see ``compile_early``).
 
         Args:
             args, kwargs: the decoder's own: positions (B, L), attention masks.
@@ -180,15 +183,18 @@ class NITPDecoder:
             return self.lm_head(h_BLD)  # pyrefly: ignore [missing-attribute]
 
         ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
+        if pairs is None:
+            if self.sequence.context > 1:
+                raise ValueError("pairs: found None, expected a (B, L) mask under context parallelism")
+            nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+            pairs = counted(nitp, kwargs.get("positions", args[0] if args else None), labels)
         if self.nitp_active:
-            if pairs is None:
-                if self.sequence.context > 1:
-                    raise ValueError("pairs: found None, expected a (B, L) mask under context parallelism")
-                nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
-                pairs = counted(nitp, kwargs.get("positions", args[0] if args else None), labels)
             nitp_sum = self._nitp_sum(h_BLD, target_BLD, pairs)
         else:
+            if self.compile_early and torch.is_grad_enabled():
+                self._nitp_sum(h_BLD, target_BLD, pairs)
             nitp_sum = torch.zeros_like(ntp_sum)
+        self.compile_early = self.compile_early and not torch.is_grad_enabled()
         # Joined rather than viewed as (1, 2): FSDP hooks into what a module returns.
         return torch.cat([ntp_sum.view(1, 1), nitp_sum.view(1, 1)], dim=1)
 
@@ -313,6 +319,7 @@ def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Modu
         with torch.device("meta"), set_default_dtype(next(model.parameters()).dtype):
             model.projector = model.config.projector.build()  # pyrefly: ignore [missing-attribute]
     compile_config = kwargs["compile_config"]
+    model.compile_early = compile_config.enable
     if compile_config.enable and "model" in compile_config.components and model.projector is not None:
         model.projector.compile(backend=compile_config.backend, fullgraph=True)
     # pyrefly: ignore [missing-attribute]
@@ -351,7 +358,9 @@ def _backbone_adapter(base: type[BaseStateDictAdapter]) -> type[BaseStateDictAda
     return BackboneAdapter
 
 
-def nitp_model_spec(spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 2048) -> ModelSpec:
+def nitp_model_spec(
+    spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 2048, implementation: Implementation = "fast"
+) -> ModelSpec:
     """Return the NITP twin of a TorchTitan decoder's ``ModelSpec``; ``spec`` itself where NITP is off.
 
     The twin has the backbone's parameters under the same names and with the same initial values for a seed, and
@@ -361,6 +370,7 @@ def nitp_model_spec(spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 20
         spec: any TorchTitan decoder's: llama3, qwen3, deepseek_v3, this package's own.
         nitp: the options.
         chunk_tokens: tokens whose logits exist at a time (see :mod:`nitp_titan.linear_cross_entropy`).
+        implementation: of the cross-entropy: "fast" or "reference".
 
     Raises:
         ValueError: the model is no decoder, has multi-token-prediction heads, or the target layer is beyond its depth.
@@ -378,7 +388,7 @@ def nitp_model_spec(spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 20
 
     # A copy, since TorchTitan writes a run's sequence length and sharding into the configuration that it builds.
     values = {f.name: copy.deepcopy(getattr(stock, f.name)) for f in fields(stock)}
-    values["lm_head"] = loss_head_config(values["lm_head"], chunk_tokens=chunk_tokens)
+    values["lm_head"] = loss_head_config(values["lm_head"], chunk_tokens=chunk_tokens, implementation=implementation)
     twin = _twin_class(owner).Config(
         **values,
         nitp=nitp,

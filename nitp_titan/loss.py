@@ -9,6 +9,8 @@ import torch
 from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
+from nitp_titan.linear_cross_entropy import Implementation
+
 
 class JointLoss(BaseLoss):
     """``NTP + weight * NITP`` (paper eq. 4) from the loss sums that an NITP decoder returns.
@@ -25,6 +27,9 @@ class JointLoss(BaseLoss):
 
         chunk_tokens: int = 2048
         """Tokens whose logits exist at a time."""
+
+        implementation: Implementation = "fast"
+        """Of the cross-entropy: "fast" takes gradients in the forward pass, "reference" makes the logits twice."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         # What is worth compiling, the cross-entropy, is in the decoder's unembedding.

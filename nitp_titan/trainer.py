@@ -133,7 +133,12 @@ def _with_nitp(config: NITPTrainer.Config) -> NITPTrainer.Config:
     assert isinstance(config.loss, JointLoss.Config)
     return dataclasses.replace(
         config,
-        model_spec=nitp_model_spec(config.model_spec, config.nitp, chunk_tokens=config.loss.chunk_tokens),
+        model_spec=nitp_model_spec(
+            config.model_spec,
+            config.nitp,
+            chunk_tokens=config.loss.chunk_tokens,
+            implementation=config.loss.implementation,
+        ),
         loss=dataclasses.replace(config.loss, weight=config.nitp.weight),
     )
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torchtitan.models.common.linear import Linear
 
-from nitp_titan.linear_cross_entropy import LossHead, loss_head_config, recomputed_sum
+from nitp_titan.linear_cross_entropy import LossHead, loss_head_config
+from tests.ranks import run_on_ranks
 
 
 class CappedLinear(Linear):
@@ -54,15 +55,64 @@ def test_sum_and_gradients_are_those_of_the_whole(base, chunk_tokens):
         torch.testing.assert_close(f, e)
 
 
-def test_eager_and_recomputed_sums_agree():
+def test_fast_and_reference_agree():
     head, h_BLD, labels = head_and_batch(CappedLinear, 4)
     inputs = [h_BLD, head.weight, head.bias]
-    eager = head(h_BLD, labels=labels)
-    recomputed = recomputed_sum(head._chunk_loss, h_BLD.flatten(0, 1), labels.flatten(), 4)
-    torch.testing.assert_close(eager, recomputed)
-    pairs = zip(torch.autograd.grad(eager, inputs), torch.autograd.grad(recomputed, inputs), strict=True)
+    fast = head(h_BLD, labels=labels)
+    head.implementation = "reference"
+    reference = head(h_BLD, labels=labels)
+    assert (type(fast.grad_fn).__name__, type(reference.grad_fn).__name__) == ("_EagerSumBackward", "AddBackward0")
+    torch.testing.assert_close(fast, reference)
+    pairs = zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(reference, inputs), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
+def test_float64_is_the_whole_computation_in_float64(implementation):
+    torch.manual_seed(0)
+    config = Linear.Config(in_features=16, out_features=40)
+    head = loss_head_config(config, chunk_tokens=4, implementation=implementation).build().double()
+    # TorchTitan's cross-entropy rounds logits to fp32.
+    head._cross_entropy = lambda logits, labels: F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+    )
+    h_BLD = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(40, (3, 7))
+    found = torch.autograd.grad(head(h_BLD, labels=labels), [h_BLD, head.weight])
+    logits = F.linear(h_BLD, head.weight).flatten(0, 1)
+    expected = torch.autograd.grad(F.cross_entropy(logits, labels.flatten(), reduction="sum"), [h_BLD, head.weight])
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-6)
+
+
+def gradients_of_sharded_vocabulary(implementation: str) -> list[torch.Tensor]:
+    """A vocabulary over two ranks, as TorchTitan's tensor parallelism shards it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torchtitan.distributed.utils import set_spmd_backend
+
+    set_spmd_backend("partial_dtensor")
+    head, h_BLD, labels = head_and_batch(Linear, 4)
+    head.implementation = implementation
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    h = DTensor.from_local(h_BLD, mesh, [Replicate()])
+    h.retain_grad()
+    total = head(h, labels=labels)
+    (0.3 * total).backward()
+    return [total.detach(), *(grad.full_tensor() for grad in (h.grad, head.weight.grad, head.bias.grad))]
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
+def test_sharded_vocabulary_has_the_whole_ones_gradients(implementation):
+    head, h_BLD, labels = head_and_batch(Linear, 4)
+    total = plain(head, h_BLD, labels)
+    expected = [total.detach(), *torch.autograd.grad(0.3 * total, [h_BLD, head.weight, head.bias])]
+    for rank in run_on_ranks(2, gradients_of_sharded_vocabulary, implementation):
+        for f, e in zip(rank, expected, strict=True):
+            torch.testing.assert_close(f, e)
 
 
 def test_without_gradients_the_sum_is_the_same():

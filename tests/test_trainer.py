@@ -227,3 +227,36 @@ def test_loss_and_switch_must_agree(tmp_path, corpus):
         NITPTrainer(trainer_config(tmp_path, corpus, loss=stock_loss()))
     with pytest.raises(ValueError, match="stock TorchTitan"):
         NITPTrainer(trainer_config(tmp_path, corpus, nitp=NITPConfig(enable=False), loss=JointLoss.Config()))
+
+
+def graphs_compiled(tmp_path, corpus, steps: int, **changes) -> tuple[list[int], int]:
+    """Graphs compiled by the end of each step, and graph breaks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = trainer_config(tmp_path, corpus, **changes)
+    config.training.steps = steps
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    compiled = []
+    with running(config) as trainer:
+        step = trainer.train_step
+
+        def counting_step(batches) -> None:
+            step(batches)
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        trainer.train_step = counting_step
+        trainer.train()
+    return compiled, sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_moe"])
+@pytest.mark.parametrize("start_step", [0, 6])
+def test_nothing_is_compiled_after_the_third_step(tmp_path, corpus, flavor, start_step):
+    compiled, breaks = graphs_compiled(
+        tmp_path / "nitp", corpus, 8, flavor=flavor, nitp=NITPConfig(geometry_freq=0, start_step=start_step)
+    )
+    assert compiled[2:] == [compiled[2]] * 6
+    off = {"nitp": NITPConfig(enable=False), "loss": stock_loss()}
+    stock, stock_breaks = graphs_compiled(tmp_path / "stock", corpus, 3, flavor=flavor, **off)
+    # The projector and the NITP loss; the cross-entropy once for a whole chunk and once for the last, shorter one.
+    assert (compiled[-1] - stock[-1], breaks) == (3, stock_breaks)

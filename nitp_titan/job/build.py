@@ -198,6 +198,6 @@ def _loss(job: Job, spec: ModelSpec) -> Any:
     table = job["loss"]
     name = loss_name(table["name"], job["nitp"]["enable"])
     if name == "linear_cross_entropy":
-        return JointLoss.Config(chunk_tokens=table["chunk_tokens"])
+        return JointLoss.Config(chunk_tokens=table["chunk_tokens"], implementation=table["implementation"])
     plain = CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)
     return ChunkedLossWrapper.Config(num_chunks=table["num_chunks"], loss_fn=plain) if "chunked" in name else plain

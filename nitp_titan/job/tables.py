@@ -122,6 +122,9 @@ class LossTable:
     chunk_tokens: int = 2048
     """"linear_cross_entropy": tokens whose logits are held at a time."""
 
+    implementation: Literal["fast", "reference"] = "fast"
+    """"linear_cross_entropy": "fast" takes its gradients in the forward pass, "reference" makes the logits twice."""
+
     num_chunks: int = 8
     """"chunked_cross_entropy": parts that a sequence is split into."""
 

@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from torchtitan.models.common.attention import FlexAttention, get_causal_mask_mod, get_document_mask_mod
 
 from nitp_titan.runtime.cpu_attention import dense_attention_mask, masked_attention
+from tests.ranks import run_on_ranks
 
 
 def document_causal(positions_BL):
@@ -69,3 +70,38 @@ def test_score_mod_is_refused(inputs):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has flex attention")
 def test_torchtitans_attention_uses_it_here():
     assert FlexAttention.forward is masked_attention
+
+
+def sharded_attention(balancer: str | None) -> torch.Tensor:
+    """A context rank's attention as TorchTitan calls it; its rows put back where they came from."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed.context_parallel import apply_cp_to_forward, prepare_context_parallel_input
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    positions, q, k, v = _qkv()
+    mask = dense_attention_mask(document_causal(positions), 2, None, 16, 16)
+    rows = torch.arange(16).expand(2, 16)
+    extra = {"positions": positions, "attention_masks": mask}
+    mine, _, extra = prepare_context_parallel_input(rows, rows, extra, mesh, torch.device("cpu"), balancer)
+    module = FlexAttention.Config().build()
+    apply_cp_to_forward([module], mesh)
+    index = mine[0]
+    shards = (x[:, index] for x in (q, k, v))
+    out = module(*shards, attention_masks=extra["attention_masks"], enable_gqa=True)
+    whole = torch.zeros_like(q)
+    whole[:, index] = out
+    return whole
+
+
+def _qkv() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 1, 10), (16,))])
+    return positions, *(torch.randn(2, 16, heads, 8) for heads in (4, 2, 2))
+
+
+@pytest.mark.parametrize("balancer", ["headtail", None])
+def test_context_ranks_together_compute_the_whole(balancer):
+    positions, q, k, v = _qkv()
+    mask = dense_attention_mask(document_causal(positions), 2, None, 16, 16)
+    expected = masked_attention(None, q, k, v, attention_masks=mask, enable_gqa=True)
+    torch.testing.assert_close(sum(run_on_ranks(2, sharded_attention, balancer)), expected)
