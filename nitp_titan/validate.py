@@ -11,10 +11,10 @@ from torchtitan.components import validate as upstream
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
-from nitp_titan.decoder import NITPDecoder
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
 from nitp_titan.pairs import context_shard, counted
+from nitp_titan.twin import NITPDecoder
 
 
 class Validator(upstream.Validator):

@@ -1,0 +1,203 @@
+"""What an NITP twin computes: the decoder's own forward pass, and from it the two loss sums.
+
+    tokens -> blocks 1..k -> z -> blocks k+1..N -> final norm -> h -> unembedding  -> sum of cross-entropies
+                                                                 h -> projector -> p, against z shifted left -> NITP sum
+
+Without labels it is the plain backbone, which is what inference sees.
+"""
+
+# Shape suffixes: B = batch, L = sequence, K = rows at the seams of a sharded sequence, D = model dim
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from nitp_titan.objective import nitp_loss
+from nitp_titan.pairs import counted
+from nitp_titan.sequence_shards import SequenceShards, take_rows
+from nitp_titan.tapped_blocks import Tap, TappedBlocks
+
+
+class NITPDecoder:
+    """Mixin over a TorchTitan ``Decoder``; ``nitp_model_spec`` makes the classes that have it."""
+
+    # The decoder's own switch: its forward returns what the unembedding would see.
+    _skip_lm_head = True
+
+    nitp_active: bool = True
+    """Whether this step has the NITP term; the trainer clears it before ``nitp.start_step``."""
+
+    compile_early: bool = False
+    """Whether the first step is to compile the NITP branch even if it is inactive, rather than a step in mid-run."""
+
+    sequence: SequenceShards = SequenceShards()
+    """How sequences are spread over ranks; set where the model is parallelized."""
+
+    _nitp_loss: Callable[..., torch.Tensor] = staticmethod(nitp_loss)
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # pyrefly: ignore [bad-argument-count]
+        self.layers = TappedBlocks(self.layers)
+        self.projector = config.projector.build() if config.projector is not None else None
+
+    def compile_nitp_loss(self, backend: str) -> None:
+        """Compile the NITP loss, as TorchTitan does its own (``compile.components`` has "loss")."""
+        self._nitp_loss = torch.compile(nitp_loss, backend=backend)
+
+    # The three below read what a pipeline stage has kept of the model; without pipeline parallelism that is all of it.
+
+    @property
+    def _has_target(self) -> bool:
+        """Whether the residual stream after the target block passes through here: it is what the next block reads."""
+        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        if target_layer == len(self.config.layers):  # pyrefly: ignore [missing-attribute]
+            return self.norm is not None  # pyrefly: ignore [missing-attribute]
+        return str(target_layer) in self.layers
+
+    @property
+    def receives_target(self) -> bool:
+        """Whether the previous pipeline stage sends the target along with the residual stream."""
+        if self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+            return False
+        last = len(self.config.layers)  # pyrefly: ignore [missing-attribute]
+        # pyrefly: ignore [missing-attribute]
+        after_blocks = last if self.norm is not None else last + 1  # pyrefly: ignore [missing-attribute]
+        # pyrefly: ignore [missing-attribute]
+        first = 0 if self.tok_embeddings is not None else min(map(int, self.layers), default=after_blocks)
+        return first > self.config.target_layer  # pyrefly: ignore [missing-attribute]
+
+    @property
+    def sends_target(self) -> bool:
+        """Whether a later pipeline stage needs the target from here."""
+        if self.lm_head is not None or self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+            return False
+        return self._has_target or self.receives_target
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Map tokens (B, L) to logits (B, L, V), or with ``labels`` (B, L) to the loss sums (1, 2): [[NTP, NITP]].
+
+        Both sums are fp32, over this batch alone: NTP's over valid labels, NITP's over valid pairs (paper eq. 3);
+        under context parallelism over this rank's tokens. The NITP sum is zero, and nothing of it is computed, while
+        ``nitp_active`` is false (but see ``compile_early``).
+
+        Args:
+            args, kwargs: the decoder's own: positions (B, L), attention masks.
+            pairs: (B, L) bool, where the NITP loss counts. By default from positions and labels, which under context
+                parallelism do not say it.
+
+        A pipeline stage maps the residual stream (B, L, D) of the previous one, and the target (B, L, D) if it
+        :attr:`receives_target`, to its own, with the target if it :attr:`sends_target`.
+
+        Raises:
+            ValueError: no ``pairs`` under context parallelism.
+        """
+        target_BLD = None
+        if self.receives_target:
+            target_BLD, *args = args
+        with self._tapped() as tap:
+            h_BLD = super().forward(tokens, *args, **kwargs)  # pyrefly: ignore [missing-attribute]
+        if target_BLD is None:
+            # A stage without blocks before the norm, the target being the last block's output: that is its input.
+            target_BLD = tap.residual_BLD if tap.residual_BLD is not None else tokens
+        if self.lm_head is None:  # pyrefly: ignore [missing-attribute]
+            return (h_BLD, self._cut(target_BLD)) if self.sends_target else h_BLD
+        if labels is None:
+            return self.lm_head(h_BLD)  # pyrefly: ignore [missing-attribute]
+
+        ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
+        if pairs is None:
+            if self.sequence.context > 1:
+                raise ValueError("pairs: found None, expected a (B, L) mask under context parallelism")
+            nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+            pairs = counted(nitp, kwargs.get("positions", args[0] if args else None), labels)
+        if self.nitp_active:
+            nitp_sum = self._nitp_sum(h_BLD, target_BLD, pairs)
+        else:
+            if self.compile_early and torch.is_grad_enabled():
+                self._nitp_sum(h_BLD, target_BLD, pairs)
+            nitp_sum = torch.zeros_like(ntp_sum)
+        self.compile_early = self.compile_early and not torch.is_grad_enabled()
+        # Joined rather than viewed as (1, 2): FSDP hooks into what a module returns.
+        return torch.cat([ntp_sum.view(1, 1), nitp_sum.view(1, 1)], dim=1)
+
+    def _tapped(self) -> contextlib.AbstractContextManager[Tap]:
+        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        if isinstance(self.layers, TappedBlocks):
+            return self.layers.tapped(target_layer)
+        # TorchTitan's pipelining leaves a stage without blocks an empty dictionary of its own.
+        return contextlib.nullcontext(Tap(target_layer))
+
+    def _cut(self, target_BLD: torch.Tensor) -> torch.Tensor:
+        # Cut early, not in the loss alone: moving a target between ranks has a backward pass of its own.
+        return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD  # pyrefly: ignore
+
+    def _nitp_sum(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+        if nitp.loss == "generic_cosine":
+            return self._nitp_loss(_local(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
+        loss = partial(self._nitp_loss, kind=nitp.loss, stop_gradient=nitp.stop_gradient)
+        prediction_BLD = self.projector(h_BLD) if self.projector is not None else h_BLD
+        # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
+        sharded = self.sequence.tensor > 1
+        placement = Shard(1) if sharded else Replicate()
+        mesh = prediction_BLD.device_mesh if isinstance(prediction_BLD, DTensor) else None
+        prediction_BLD = _local(prediction_BLD, placement)
+        target_BLD = _local(self._cut(target_BLD), placement)
+        if sharded:
+            mask_BL = mask_BL.chunk(self.sequence.tensor, dim=1)[self.sequence.rank % self.sequence.tensor]
+
+        nitp_sum = _sum_over_pairs(loss, prediction_BLD, target_BLD, mask_BL, nitp.shift, self.sequence)
+        if sharded:
+            assert mesh is not None
+            nitp_sum = DTensor.from_local(nitp_sum, mesh, [Partial()], run_check=False)
+            nitp_sum = nitp_sum.redistribute(placements=[Replicate()]).to_local()
+        return nitp_sum
+
+
+def _sum_over_pairs(
+    loss: Callable[..., torch.Tensor],
+    prediction_BLD: torch.Tensor,
+    target_BLD: torch.Tensor,
+    mask_BL: torch.Tensor,
+    shift: int,
+    sequence: SequenceShards,
+) -> torch.Tensor:
+    """Sum the loss over this rank's predictions, each against the target ``shift`` positions later.
+
+    The target is looked at one row further on rather than moved: no copy of it.
+    """
+    if shift == 0:
+        return loss(prediction_BLD, target_BLD, mask_BL)
+    if sequence.ranks == 1:
+        return loss(prediction_BLD[:, :-1], target_BLD[:, 1:], mask_BL[:, :-1])
+    plan = sequence.plan(mask_BL.shape[1])
+    inside_BL = mask_BL.clone()
+    for row in plan.ends:
+        inside_BL[:, row] = False
+    inside = loss(prediction_BLD[:, :-1], target_BLD[:, 1:], inside_BL[:, :-1])
+    # A row or two: not worth a compilation of their own.
+    eager = partial(nitp_loss, **loss.keywords)  # pyrefly: ignore [missing-attribute]
+    next_BKD = sequence.next_rows(target_BLD, plan)
+    return inside + eager(take_rows(prediction_BLD, plan.rows), next_BKD, take_rows(mask_BL, plan.rows))
+
+
+def _local(x: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """This rank's plain tensor of what tensor parallelism may have spread, in the given placement."""
+    if not isinstance(x, DTensor):
+        return x
+    placements = [placement] * x.device_mesh.ndim
+    return x.redistribute(placements=placements).to_local(grad_placements=placements)
