@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import spmd_types as spmd
 from torchtitan.distributed.parallel_dims import MeshAxisName
@@ -165,3 +167,19 @@ def test_tokens_of_a_product():
 def test_experts_of_odd_widths():
     assert experts_problem(128, 496) == ""
     assert experts_problem(128, 500) == "the experts' 500 should be a multiple of 16"
+
+
+def test_the_documented_table_is_the_plans():
+    text = Path(__file__, "../../../docs/float8.md").resolve().read_text()
+    for name, flavor in FLAVORS.items():
+        if name.startswith("debug"):
+            continue
+        training = flavor.job_defaults["training"]
+        tokens = training["local_batch_size"] * training["seq_len"]
+        cells = [name, f"{flavor.shape.dim:,}", f"{tokens:,}"]
+        for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
+            layers = list(layers_of_shape(flavor.shape, NITPConfig()))
+            made = planned(tokens, layers=layers, recipe=recipe, filter_fqns=[AUTO_FILTER])
+            share = f"{len(made.converted)} of {len(layers)}, {made.speedup():.2f}x"
+            cells.append(share if made.converted else "none")
+        assert f"| {' | '.join(cells)} |" in text
