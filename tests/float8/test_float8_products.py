@@ -54,8 +54,8 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     x, w, g = torch.randn(32, 48), torch.randn(64, 48), torch.randn(32, 64)
     for tensor in (x, w, g):
-        tensor *= torch.logspace(-2, 1, tensor.shape[0]).unsqueeze(1)
-        tensor *= torch.logspace(1, -1, tensor.shape[1])
+        tensor *= torch.logspace(-3, 3, tensor.shape[0]).unsqueeze(1)
+        tensor *= torch.logspace(3, -3, tensor.shape[1])
     return tuple(tensor.to(dtype) for tensor in (x, w, g))
 
 
@@ -85,7 +85,10 @@ class ModelOf:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
+    """The largest relative error of any row or column."""
+    error, size = (found.double() - expected).square(), expected.square()
+    # A slice of zeros that is one has no error.
+    return max((error.sum(dim) / size.sum(dim)).nan_to_num(0).max() for dim in (0, 1)).sqrt().item()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -95,15 +98,15 @@ def test_emulated_products_are_those_of_the_recipe(recipe):
         for other in RECIPES:
             expected = getattr(simulated(other, *operands()), name)
             if other == recipe:
-                assert distance(getattr(found, name), expected) < 1e-6, name
+                assert distance(getattr(found, name), expected) < 1e-5, name
             elif (name, {other, recipe}) != ("output", {"rowwise", "rowwise_with_gw_hp"}):
-                assert distance(getattr(found, name), expected) > 1e-4, (name, other)
+                assert distance(getattr(found, name), expected) > 1e-2, (name, other)
 
 
 def test_the_weights_gradient_in_high_precision_is_the_plain_one():
     x, w, g = operands()
     exact = g.double().T @ x.double()
-    assert distance(multiplied("rowwise_with_gw_hp", x, w, g).weight_grad, exact) < 1e-6
+    assert distance(multiplied("rowwise_with_gw_hp", x, w, g).weight_grad, exact) < 1e-5
     assert distance(multiplied("rowwise", x, w, g).weight_grad, exact) > 1e-3
 
 
