@@ -72,12 +72,13 @@ def _compile(torch: Version, device: Device) -> Verdict:
 
 def _float8(torch: Version, device: Device) -> Verdict:
     if device.type == "cpu":
-        return False, "needs a GPU of compute capability 8.9; emulated here, slower"
+        return False, "needs a GPU of compute capability 8.9; emulated here with float8.emulate, slower"
     if device.type == "rocm":
         return False, "not tried on AMD GPUs"
     if device.capability is None or device.capability < (8, 9):
-        return False, f"needs compute capability 8.9, this is {_dotted(device.capability)}; emulated here, slower"
-    return True, ""
+        needs = f"needs compute capability 8.9, this is {_dotted(device.capability)}"
+        return False, f"{needs}; emulated here with float8.emulate, slower"
+    return True, "" if device.capability[0] in (9, 10) else "linear layers; experts need compute capability 9 or 10"
 
 
 def _cuda_graphs(torch: Version, device: Device) -> Verdict:

@@ -16,6 +16,8 @@ from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
 from nitp_titan.decoder import nitp_model_spec
+from nitp_titan.float8.config import Float8Config
+from nitp_titan.float8.converter import with_float8
 from nitp_titan.loss import JointLoss
 from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.metrics import NITP, NTP, MetricsProcessor
@@ -42,13 +44,16 @@ class NITPTrainer(Trainer):
         nitp: NITPConfig = field(default_factory=NITPConfig)
         """Next Implicit Token Prediction."""
 
+        float8: Float8Config = field(default_factory=Float8Config)
+        """Matrix products in float8."""
+
         metrics: MetricsProcessor.Config = field(default_factory=MetricsProcessor.Config)
         validator: Validator.Config = field(default_factory=Validator.Config)
         lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
         checkpoint: BaseCheckpointManager.Config = field(default_factory=CheckpointManager.Config)
 
     def __init__(self, config: Config):
-        super().__init__(_with_nitp(config))
+        super().__init__(with_float8(_with_nitp(config)))
         self.nitp = config.nitp
         self.steps_run = 0
         _check_vocabulary(self.tokenizer, self.model_config)

@@ -49,6 +49,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
     }
     builders = {
         "nitp": lambda: job.nitp,
+        "float8": lambda: job.float8,
         "tokenizer": lambda: _tokenizer(job),
         "dataloader": lambda: _dataloader(job, "dataloader"),
         "optimizer": lambda: _optimizer(job),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import layout, machine, pipeline, rules
+from nitp_titan.job import float8, layout, machine, pipeline, rules
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -120,13 +120,6 @@ def loss_name(name: str, nitp: bool) -> str:
     return "chunked_cross_entropy" if machine.torch_version() >= (2, 13) else "cross_entropy"
 
 
-def check_float8(draft: Draft) -> Iterator[Problem]:
-    """Float8 comes with a later release."""
-    recipe = draft.get("float8", "recipe")
-    if recipe != "none":
-        yield draft.problem("float8", "recipe", f'found {quote(recipe)}, expected "none"', "not supported yet")
-
-
 def check_data(draft: Draft) -> Iterator[Problem]:
     """The data set has a known name and its path matches something."""
     yield from _check_data(draft, "dataloader")
@@ -202,7 +195,7 @@ CHECKS = (
     check_nitp,
     check_loss,
     check_loss_chunks,
-    check_float8,
+    float8.check_float8,
     check_data,
     check_validation_data,
     check_vocabulary,
@@ -244,5 +237,5 @@ def check_output(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("job", "dump_folder", f"found {quote(folder)}, but {existing} cannot be written to")
 
 
-MACHINE_CHECKS = (check_assets, check_output, rules.check_device)
+MACHINE_CHECKS = (check_assets, check_output, rules.check_device, float8.check_device)
 """Checks of this machine: errors of a training run, warnings of ``nitp-titan check``."""

@@ -92,6 +92,12 @@ def _experts(draft: Draft) -> None:
         draft.notes.append("parallelism.expert_parallel_degree is ignored: the model has no experts")
 
 
+def _float8(draft: Draft) -> None:
+    if draft.get("float8", "recipe") == "none":
+        ignored = [key for key in ("experts", "emulate") if draft.get("float8", key)]
+        draft.notes += [f"float8.{key} is ignored: float8.recipe is none" for key in ignored]
+
+
 def _last_checkpoint(draft: Draft) -> None:
     # A model-only checkpoint, upstream's default for the last one, cannot be resumed; Hugging Face's format is one.
     draft.derive("checkpoint", "last_save_model_only", draft.get("checkpoint", "last_save_in_hf"))
@@ -139,6 +145,7 @@ RULES = (
     _geometry,
     _cuda_graphs,
     _experts,
+    _float8,
     _last_checkpoint,
     _validation_data,
     _local_batch,

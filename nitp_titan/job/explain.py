@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nitp_titan.job import float8
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import quote
 from nitp_titan.job.resolve import Job
@@ -18,6 +19,7 @@ def explain(job: Job) -> str:
     """Return the job as a dozen lines of text: what is trained, on what, how, where to, at what cost, and warnings."""
     memory, cost = summary(job)
     misfit = [("warning", f"the memory does not fit: {_SAVES_MEMORY}")] if "does not fit" in memory else []
+    float8_lines, float8_warnings = float8.explain(job)
     rows = [
         *([("job", job["job"]["description"])] if job["job"]["description"] else []),
         ("model", _model(job)),
@@ -28,9 +30,11 @@ def explain(job: Job) -> str:
         ("layout", _layout(job)),
         *([("memory", memory)] if memory else []),
         *([("cost", f"NITP: {cost}")] if cost else []),
+        *zip(["float8", *[""] * len(float8_lines)], float8_lines, strict=False),
         ("output", _output(job)),
         *[("note", note) for note in job.notes],
         *misfit,
+        *[("warning", warning) for warning in float8_warnings],
         *[("warning", str(warning)) for warning in job.warnings],
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from nitp_titan.float8.config import Float8Config
 from nitp_titan.job import defaults
 from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model
 from nitp_titan.job.draft import Draft, Layer, Setting, Unknown, run_checks
@@ -50,6 +51,11 @@ class Job:
     def nitp(self) -> NITPConfig:
         """The ``[nitp]`` table."""
         return NITPConfig(**self.tables["nitp"])
+
+    @property
+    def float8(self) -> Float8Config:
+        """The ``[float8]`` table."""
+        return Float8Config(**self.tables["float8"])
 
     @property
     def shape(self) -> Shape | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from nitp_titan.float8.config import Float8Config
 from nitp_titan.job import tables
 from nitp_titan.models.flavors import Shape
 from nitp_titan.nitp_config import NITPConfig
@@ -24,7 +25,7 @@ OUR_TABLES: dict[str, type] = {
     "model": tables.ModelTable,
     "model.shape": Shape,
     "nitp": NITPConfig,
-    "float8": tables.Float8Table,
+    "float8": Float8Config,
     "tokenizer": tables.TokenizerTable,
     "dataloader": tables.DataloaderTable,
     "optimizer": tables.OptimizerTable,

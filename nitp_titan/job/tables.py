@@ -1,6 +1,7 @@
-"""The tables that are ours: ``[job] [model] [float8]``, and flat ones where upstream has unions or lists of objects.
+"""The tables that are ours: ``[job] [model]``, and flat ones where upstream has unions or lists of objects.
 
-``[nitp]`` is :class:`nitp_titan.nitp_config.NITPConfig`; every other table is upstream's (``upstream_schema.json``).
+``[nitp]`` is :class:`nitp_titan.nitp_config.NITPConfig`, ``[float8]`` is :mod:`nitp_titan.float8.config`'s; every other
+table is upstream's (``upstream_schema.json``).
 Free of torch. A docstring under a key is what ``nitp-titan check --keys`` prints.
 """
 
@@ -37,17 +38,6 @@ class ModelTable:
 
     attn_backend: Literal["flex", "flex_flash", "varlen"] = "flex"
     """Attention kernel. All three keep documents apart."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Float8Table:
-    """``[float8]``: matrix products in float8."""
-
-    recipe: Literal["none", "rowwise", "rowwise_with_gw_hp", "tensorwise"] = "none"
-    """Scaling recipe of torchao; "none" = off."""
-
-    filter_fqns: list[str] = field(default_factory=list)
-    """Parts of module names that stay in the parameters' dtype."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -57,7 +57,6 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          "loss.num_chunks 8"),
         ([*STOCK, "--training.seq_len", "8", "--parallelism.context_parallel_degree=2"], "expected a multiple of "
          "loss.num_chunks 8 x context_parallel_degree 2"),
-        (["--float8.recipe", "rowwise"], '--float8.recipe: found "rowwise", expected "none"; not supported yet'),
         (["--dataloader.dataset", "tekst"], '--dataloader.dataset: found "tekst", expected one of "text"'),
         (["--dataloader.dataset", "owner/name"], 'did you mean "hub:owner/name"'),
         (["--dataloader.dataset", "hub:"], '--dataloader.dataset: found "hub:", expected "hub:owner/name"'),
