@@ -1,5 +1,6 @@
 # make train   set up .venv, then train the debug model on the text of Python's standard library
-# make test    set up .venv, then ruff, pyrefly and the tests
+# make test    set up .venv, then ruff, pyrefly and the tests, but for
+# make test-distributed   those of tests/distributed: runs on several gloo ranks against one process
 # make check   ruff and pyrefly alone          make format   let ruff rewrite
 # make smoke   what a CI runs on one GPU (or CPU): both debug jobs, eager and compiled
 SHELL := bash
@@ -10,7 +11,7 @@ RUN ?= outputs/debug
 PYTEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test check format smoke
+.PHONY: setup train test test-distributed check format smoke
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -37,7 +38,10 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 test: check
-	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal --ignore tests/distributed
+
+test-distributed: setup
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal tests/distributed
 
 smoke: setup
 	$(PY) -m tests.smoke

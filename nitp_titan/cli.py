@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nitp_titan import __version__
-from nitp_titan.job import JobError, load_job
+from nitp_titan.job import Job, JobError, load_job
 from nitp_titan.job.errors import did_you_mean
 from nitp_titan.job.explain import explain, explain_keys
 from nitp_titan.job.layout import DEGREES
@@ -24,6 +24,10 @@ Every key of every table can be given after the file; it overrides the file's:
   nitp-titan check job.toml --training.steps 100 --nitp.weight=0.8
   nitp-titan check job.toml --ngpu 8 --checkpoint.enable --compile.no-enable --compile.components model,loss
 "none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, their defaults and what they mean.
+
+--dry-run also builds and shards the model as each rank of the run would, on a fake process group that takes no GPU
+and no memory, and tells what every rank holds. It takes seconds; a layout that TorchTitan refuses is refused here.
+  nitp-titan check job.toml --ngpu 256 --dry-run
 """
 
 _REPORT = """\
@@ -93,10 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         help="validate and explain a job file",
         description=_CHECK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="nitp-titan check FILE [--ngpu N] [--table.key value ...]\n       nitp-titan check --keys [TABLE]",
+        usage="nitp-titan check FILE [--ngpu N] [--dry-run] [--table.key value ...]\n"
+        "       nitp-titan check --keys [TABLE]",
         allow_abbrev=False,
     )
     check.add_argument("file", metavar="FILE", nargs="?", help="the job file, TOML")
+    check.add_argument("--dry-run", action="store_true", help="also shard the model, and tell what each rank holds")
     check.add_argument("--keys", metavar="TABLE", nargs="?", const="", help="list the keys of a table, or of all")
 
     report = commands.add_parser(
@@ -156,6 +162,20 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     except JobError as error:
         return _fail(str(error))
     print(explain(job), flush=True)
+    return _dry_run(job) if arguments.dry_run else 0
+
+
+def _dry_run(job: Job) -> int:
+    from nitp_titan.runtime import prepare
+
+    prepare()
+    from nitp_titan.dry_run import dry_run, render
+
+    try:
+        groups = dry_run(job)
+    except JobError as error:
+        return _fail(str(error))
+    print(f"\n{render(groups)}", flush=True)
     return 0
 
 

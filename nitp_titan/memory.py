@@ -21,6 +21,12 @@ total although not all of them peak at the same time, so that it errs on the lar
 - cross_entropy: the logits of a chunk of tokens and their gradient in the compute dtype, and two such tensors in fp32
   inside the loss. "linear_cross_entropy" takes its gradients in the forward pass, but for tensor parallelism: the
   unembedding's in fp32, a chunk's share of it in the compute dtype, and the last hidden state's.
+- pipeline_buffers: under pipeline parallelism alone. What a stage receives: each micro-batch's input (with z, after its
+  block) and each output's gradient, held from the first step on.
+
+A pipeline's rank is estimated from its ``Stage``: its own blocks, as many micro-batches of activations as its schedule
+has forward and not yet backward, and whole gradients of all its units, since FSDP reduces them after the last
+micro-batch. Embedding and loss count where they are.
 
 Left out: CUDA's context, NCCL's buffers, fragmentation, attention's block masks, data, CUDA graphs, geometry metrics.
 ``CAPACITY`` leaves room for them: an "80 GB" GPU has 79 to 80 GiB, of which the estimate may take 80e9 bytes, 74.5 GiB.
@@ -72,52 +78,87 @@ class Run:
     """Whether weights, gradients and optimizer states live on the CPU."""
 
 
-def memory(parts: Parts, nitp: NITPConfig, layout: Layout, run: Run) -> dict[str, float] | None:
-    """Estimate the memory of a rank in GiB, by part, with their sum as ``total``; None under pipeline parallelism.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """What a rank of a pipeline has of the model: one part of it, or several where the schedule interleaves them."""
 
-    The module's docstring says what each part is.
+    in_flight: dict[int, int]
+    """Its blocks, counted from 0, and the micro-batches whose activations each of them keeps at a time."""
+    first: bool
+    """Whether it has the embedding."""
+    last: bool
+    """Whether it has the unembedding, and with it the losses and the projector."""
+    micro_batches: int
+    """Of a step's forward and backward pass."""
+    received: int
+    """Tensors (B, L, D) that it receives for a micro-batch, gradients included."""
+
+
+def memory(
+    parts: Parts, nitp: NITPConfig, layout: Layout, run: Run, stage: Stage | None = None
+) -> dict[str, float] | None:
+    """Estimate the memory of a rank in GiB, by part, with their sum as ``total``.
+
+    The module's docstring says what each part is. ``run.sequences`` are those of a pipeline's micro-batch, if any.
+    None for a pipeline of which no ``stage`` is given.
     """
-    if layout.pipeline > 1:
-        return None
+    if stage is None:
+        if layout.pipeline > 1:
+            return None
+        in_flight = dict.fromkeys(range(len(parts.blocks)), 1)
+        stage = Stage(in_flight=in_flight, first=True, last=True, micro_batches=1, received=0)
     rank = _Rank(parts, layout, run)
     fsdp, compute = rank.fsdp, run.compute_bytes
     tokens = run.sequences * run.seq_len / layout.context
+    blocks = [parts.blocks[index] for index in stage.in_flight]
     table = parts.vocab_size * parts.dim / layout.tensor
-    projector = projector_params(parts.dim, nitp) / layout.tensor
+    head = table * stage.last
+    tables = table if parts.tied else table * stage.first + head
+    projector = projector_params(parts.dim, nitp) / layout.tensor * stage.last
 
-    norms = parts.final_norm + parts.other
-    local = (table * (1 if parts.tied else 2) + norms) / fsdp + sum(map(rank.stored, parts.blocks))
+    norms = parts.final_norm * stage.last + parts.other * stage.first
+    local = (tables + norms) / fsdp + sum(map(rank.stored, blocks))
     kept_bytes = 0 if run.offload else 2 * run.weight_bytes + 2 * run.state_bytes
-    units = [rank.gathered(block) for block in parts.blocks]
-    if run.reshard:
-        gathered = table + norms + 2 * max(units)
-    else:
-        gathered = table * (1 if parts.tied else 2) + norms + sum(units)
-    largest = max(*units, table + norms, projector)
+    units = [rank.gathered(block) for block in blocks]
+    gathered = head + norms + 2 * max(units, default=0) if run.reshard else tables + norms + sum(units)
+    largest = max(*units, min(table, tables) + norms, projector)
+    gradients = (compute + 4) * largest
+    if layout.pipeline > 1:
+        gradients += 4 * (tables + norms + projector + sum(units))
 
-    kept = sum(rank.saved(block, run.checkpointing) for block in parts.blocks)
-    # The final norm's input and output. The output is whole where tensor parallelism splits the sequence.
-    kept += compute * parts.dim * (1 / rank.sequence + 1)
+    kept = sum(number * rank.saved(parts.blocks[i], run.checkpointing) for i, number in stage.in_flight.items())
     block_backward = max(
-        rank.saved(block, "none") - rank.saved(block, run.checkpointing) + rank.inner_gradients(block)
-        for block in parts.blocks
+        (
+            rank.saved(block, "none") - rank.saved(block, run.checkpointing) + rank.inner_gradients(block)
+            for block in blocks
+        ),
+        default=0,
     )
-    cross_entropy = min(run.logits_tokens, tokens) * parts.vocab_size / layout.tensor * (2 * compute + 4 + 4)
-    if run.eager_loss:
-        cross_entropy += table * (4 + compute) + tokens * parts.dim * compute
+    cross_entropy = nitp_loss = 0.0
+    if stage.last:
+        # Those of the part that ends in the unembedding.
+        at_end = stage.in_flight.get(len(parts.blocks) - 1, 1)
+        # The final norm's input and output. The output is whole where tensor parallelism splits the sequence.
+        kept += at_end * compute * parts.dim * (1 / rank.sequence + 1)
+        cross_entropy = min(run.logits_tokens, tokens) * parts.vocab_size / layout.tensor * (2 * compute + 4 + 4)
+        if run.eager_loss:
+            cross_entropy += at_end * (table * (4 + compute) + tokens * parts.dim * compute)
+        nitp_loss = tokens * _nitp_loss_bytes(parts.dim, nitp, layout, compute)
     sizes = {
         "weights": local * (0 if run.offload else run.weight_bytes),
         "gradients": local * (0 if run.offload else run.weight_bytes),
         "optimizer_states": local * (0 if run.offload else 2 * run.state_bytes),
         "projector": projector / fsdp * kept_bytes,
         "gathered_parameters": compute * (gathered + projector),
-        "gradient_reduction": (compute + 4) * largest,
+        "gradient_reduction": gradients,
         "activations": tokens * kept,
         "block_backward": tokens * block_backward,
-        "saved_target": _saved_target(nitp, layout) * tokens * parts.dim * compute,
-        "nitp_loss": tokens * _nitp_loss_bytes(parts.dim, nitp, layout, compute),
+        "saved_target": _saved_target(nitp, layout) * stage.last * tokens * parts.dim * compute,
+        "nitp_loss": nitp_loss,
         "cross_entropy": cross_entropy,
     }
+    if layout.pipeline > 1:
+        sizes["pipeline_buffers"] = stage.micro_batches * stage.received * tokens * parts.dim * compute / rank.sequence
     gib = {name: size / GIB for name, size in sizes.items()}
     return gib | {"total": sum(gib.values())}
 

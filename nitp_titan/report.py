@@ -35,8 +35,7 @@ def report(flavor_or_file: str, overrides: list[str], ngpu: int) -> dict[str, An
         JobError: no such flavor or file, or a job with problems.
     """
     job = _job(flavor_or_file, overrides, ngpu)
-    shape = job.shape
-    return _costs(job, parts_of_shape(shape) if shape is not None else _imported_parts(job))
+    return _costs(job, parts_of_job(job))
 
 
 def summary(job: Job) -> tuple[str, str]:
@@ -81,7 +80,7 @@ def render(costs: dict[str, Any]) -> str:
     lines += [_row(name, *(_percent(costs[key][way]) for way in WAYS)) for name, key in percents]
     lines.append("")
     if costs["memory_gib"] is None:
-        return "\n".join([*lines, "memory of a rank: not estimated under pipeline parallelism"])
+        return "\n".join([*lines, "memory of a rank: not estimated under pipeline parallelism (see check --dry-run)"])
     lines.append(_row("memory of a rank", "GiB", "", "an estimate"))
     lines += [_row(f"  {_words(name)}", f"{size:.2f}") for name, size in costs["memory_gib"].items()]
     verdict = "fits" if costs["fits_80gb"] else "does not fit"
@@ -109,7 +108,7 @@ def _nearest(name: str) -> str:
 def _costs(job: Job, parts: Parts) -> dict[str, Any]:
     nitp, context = job.nitp, job["training"]["seq_len"]
     base, added, mtp = flops(parts, context), nitp_flops(parts.dim, nitp), mtp_flops(parts, context)
-    memory_gib = memory(parts, nitp, job.layout, _run(job))
+    memory_gib = memory(parts, nitp, job.layout, run_of_job(job))
     return {
         "flavor": job["model"]["flavor"],
         "ngpu": job.world_size,
@@ -130,9 +129,21 @@ def _of(added: int | None, base: int | None) -> float | None:
     return None if added is None or base is None else 100 * added / base
 
 
-def _run(job: Job) -> Run:
-    table, checkpointing = job["training"], job["activation_checkpoint"]
-    sequences, seq_len = table["local_batch_size"], table["seq_len"]
+def parts_of_job(job: Job) -> Parts:
+    """Return the parts of a job's model; one that is not ours is imported.
+
+    Raises:
+        JobError: the model cannot be built here.
+    """
+    return parts_of_shape(job.shape) if job.shape is not None else _imported_parts(job)
+
+
+def run_of_job(job: Job) -> Run:
+    """Return what a rank of the job does at a time."""
+    table, checkpointing, parallelism = job["training"], job["activation_checkpoint"], job["parallelism"]
+    in_pipeline = job.layout.pipeline > 1
+    sequences = parallelism["pipeline_parallel_microbatch_size"] if in_pipeline else table["local_batch_size"]
+    seq_len = table["seq_len"]
     loss = loss_name(job["loss"]["name"], job.nitp.enable)
     tokens = sequences * seq_len // job.layout.context
     if loss == "linear_cross_entropy":
@@ -153,7 +164,8 @@ def _run(job: Job) -> Run:
         compute_bytes=4 if fp32 else 2,
         weight_bytes=2 if narrow else 4,
         state_bytes=2 if narrow or job["optimizer"]["implementation"] == "fused_opt_states_bf16" else 4,
-        reshard=job["parallelism"]["fsdp_reshard_after_forward"] != "never",
+        # A pipeline's micro-batches would gather a block's weights again and again.
+        reshard=parallelism["fsdp_reshard_after_forward"] in (("always",) if in_pipeline else ("always", "default")),
         offload=table["enable_cpu_offload"],
     )
 

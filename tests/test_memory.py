@@ -20,7 +20,7 @@ from nitp_titan.costs import Parts, parts_of_shape
 from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.job.layout import Layout
 from nitp_titan.linear_cross_entropy import recomputed_sum
-from nitp_titan.memory import GIB, Run, memory
+from nitp_titan.memory import GIB, Run, Stage, memory
 from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.models.registry import decoder_config, model_registry
 from nitp_titan.nitp_config import NITPConfig
@@ -193,7 +193,45 @@ def test_checkpointing_modes_are_in_order():
         assert activations("memory_budget", 1) == pytest.approx(activations("none"))
 
 
-def test_pipelines_are_not_estimated():
+def test_stages_of_a_pipeline_by_hand():
+    shape = dataclasses.replace(ODD_SHAPES["dense, untied"], n_layers=3)
+    parts, d, tokens = parts_of_shape(shape), 40, 128
+    block, table, projector = 40 * (24 + 6 + 6 + 24) + 3 * 40 * 33 + 80, 51 * d, 12 * d * d
+    run = dataclasses.replace(RUN, reshard=False)
+    alone = memory(parts, NITPConfig(), layout(), run)
+
+    def sizes(in_flight: dict[int, int], **place: int) -> dict[str, float]:
+        stage = Stage(**{"in_flight": in_flight, "first": False, "last": False, "micro_batches": 5, **place})
+        found = memory(parts, NITPConfig(), layout(pipeline=3), run, stage)
+        assert found["total"] == pytest.approx(sum(size for name, size in found.items() if name != "total"))
+        return {name: size * GIB for name, size in found.items()}
+
+    first = sizes({0: 3}, first=True, received=1)
+    middle = sizes({1: 2}, received=2)
+    last = sizes({2: 1}, last=True, received=2)
+    for name in STORED:
+        assert first[name] + middle[name] + last[name] == pytest.approx(alone[name] * GIB)
+    assert [stage["weights"] / 4 for stage in (first, middle, last)] == [table + block, block, block + d + table]
+    assert [stage["projector"] for stage in (first, middle, last)] == [0, 0, 16 * projector]
+    assert middle["gathered_parameters"] == pytest.approx(2 * block)
+    assert last["gathered_parameters"] == pytest.approx(2 * (block + d + table + projector))
+    # The whole gradients in fp32, and what reducing the largest unit of them takes.
+    assert middle["gradient_reduction"] == pytest.approx(4 * block + 6 * block)
+    assert last["gradient_reduction"] == pytest.approx(4 * (block + d + table + projector) + 6 * projector)
+    # Of three micro-batches, two, one; the last one has the final norm's input and output.
+    assert first["activations"] == pytest.approx(3 / 2 * middle["activations"])
+    assert last["activations"] == pytest.approx(middle["activations"] / 2 + tokens * 2 * 2 * d)
+    for name in ("cross_entropy", "nitp_loss"):
+        assert first[name] == middle[name] == 0
+        assert last[name] == pytest.approx(alone[name] * GIB)
+    assert first["pipeline_buffers"] == 5 * tokens * d * 2 == middle["pipeline_buffers"] / 2
+    # Blocks without an embedding or an unembedding, and the other way round.
+    only_head = sizes({}, last=True, received=1)
+    assert only_head["weights"] / 4 == table + d
+    assert only_head["block_backward"] == 0
+
+
+def test_pipelines_are_not_estimated_without_their_stages():
     assert memory(parts_of_shape(FLAVORS["2B"].shape), NITPConfig(enable=False), layout(pipeline=2), RUN) is None
     assert estimate.fits(None) is None
 
