@@ -178,8 +178,7 @@ class _FakeRankTrainer(NITPTrainer):
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Silence what the trainer says of a run that does not take place, and undo what it sets in this process."""
-    level, collecting = logging.root.manager.disable, gc.isenabled()
-    local_rank = os.environ.get("LOCAL_RANK")
+    level, collecting, environment = logging.root.manager.disable, gc.isenabled(), dict(os.environ)
     os.environ["LOCAL_RANK"] = "0"
     logging.disable(logging.CRITICAL)
     try:
@@ -190,10 +189,8 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
         if collecting:
             gc.enable()
-        if local_rank is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = local_rank
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _described(trainer: _FakeRankTrainer, rank: int) -> RankModel:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.pipelining.schedules import _Action
 from torchtitan.components.loss import CrossEntropyLoss
 
 from nitp_titan import fake_ranks
@@ -176,6 +179,22 @@ def test_micro_batches_in_flight_are_the_schedules():
     assert [sum(parts) for parts in in_flight(4, "ZBVZeroBubble", 16)] == [8] * 4
 
 
+def test_activations_are_kept_until_the_weights_gradients_are_there():
+    def peaks(*words: str, blocks: tuple[int, ...]) -> list[int]:
+        # "0F1" is stage 0's forward pass of micro-batch 1.
+        schedule = SimpleNamespace(pipeline_order={3: [None, *map(_Action.from_str, words)]})
+        return fake_ranks._in_flight(schedule, 3, [SimpleNamespace(layers=range(number)) for number in blocks])
+
+    assert peaks("0F0", "0F1", "0B0", "0F2", "0B1", "0B2", blocks=(1,)) == [2]
+    # The input's gradients of two are there before the weights' of the first.
+    assert peaks("0F0", "0F1", "0I0", "0F2", "0W0", "0I1", "0I2", "0W1", "0W2", blocks=(1,)) == [3]
+    # Of two parts, the moment at which most blocks are kept; a part of the unembedding alone counts as a block.
+    order = ("1F0", "5F0", "1F1", "5B0", "1F2", "1B0", "1B1", "1B2")
+    assert peaks(*order, blocks=(2, 1)) == [3, 0]
+    assert peaks(*order, blocks=(1, 2)) == [2, 1]
+    assert peaks("1F0", "1B0", "5F0", "5F1", "5B0", "5B1", blocks=(1, 0)) == [0, 2]
+
+
 def test_what_torch_refuses_is_a_layout_error():
     with pytest.raises(LayoutError, match=r"uneven sharding on dim 1: torch.Size\(\[6, 24, 60\]\) \(world size: 10\)"):
         rank_model(config("debug_moe", EXPERTS), 10, 0)
@@ -191,19 +210,24 @@ def test_nothing_is_allocated_and_the_process_is_left_as_it_was(monkeypatch, tmp
     trainers = []
     described = fake_ranks._described
     monkeypatch.setattr(fake_ranks, "_described", lambda *args: trainers.append(args[0]) or described(*args))
+    torch.manual_seed(12345)
     before, environment = torch.random.get_rng_state(), dict(os.environ)
     made = config("debug", DENSE, nitp=False, tensor_parallel_degree=2)
     made.dump_folder = "run"
     configured = repr(made)
-    rank_model(made, 4, 1)
+    rank_model(made, 4, 0)
     assert repr(made) == configured
     with pytest.raises(LayoutError):
         rank_model(config("debug", DENSE, tensor_parallel_degree=3), 4, 1)
-    [trainer] = trainers
+    assert torch.equal(torch.random.get_rng_state(), before)
+    # Alone, TorchTitan draws from torch's own generator.
+    rank_model(config("debug", DENSE), 1, 0)
+    trainer, _ = trainers
     assert all(tensor.is_meta for module in trainer.model_parts for tensor in (*module.parameters(), *module.buffers()))
     assert not hasattr(trainer, "optimizers")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert dict(os.environ) == environment
     assert gc.isenabled()
+    assert not logging.root.manager.disable
     assert not torch.distributed.is_initialized()
     assert not list(tmp_path.iterdir())
