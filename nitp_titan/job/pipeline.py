@@ -98,6 +98,28 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
         )
 
 
+def check_blocks(draft: Draft) -> Iterator[Problem]:
+    """Context parallelism wraps the attention of every stage, so that each needs a block."""
+    degree = draft.get("parallelism", "pipeline_parallel_degree")
+    schedule = _schedule(draft)
+    if degree <= 1 or draft.get("parallelism", "context_parallel_degree") <= 1 or schedule is None:
+        return
+    if any(draft.get("parallelism", f"pipeline_parallel_{key}") for key in ("schedule_csv", "layers_per_stage")):
+        return
+    first, last = (draft.get("parallelism", f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
+    depth = draft.facts().n_layers
+    if not _fits(depth, degree, schedule, first, last):
+        return
+    if 0 in blocks_of_stages(depth, degree * _stages_per_rank(schedule), first, last):
+        yield draft.problem(
+            "parallelism",
+            "pipeline_parallel_degree",
+            f"found {degree}, which leaves a stage of {schedule} without blocks: context parallelism needs one in each",
+            "set pipeline_parallel_first_stage_less_layers and pipeline_parallel_last_stage_less_layers to 0, "
+            "or make fewer stages",
+        )
+
+
 def check_zero_bubble(draft: Draft) -> Iterator[Problem]:
     """Schedules that take a backward pass apart, or run it as a V, cannot do everything with it."""
     if draft.get("parallelism", "pipeline_parallel_degree") <= 1:
@@ -166,6 +188,13 @@ def _fits(depth: int, degree: int, schedule: str, first: int, last: int) -> bool
     return stages == 1 or max(first, last, 1) <= (depth + first + last) // stages
 
 
+def blocks_of_stages(depth: int, stages: int, first: int, last: int) -> list[int]:
+    """Return how many blocks TorchTitan gives each stage (its ``_generate_llm_fqn_per_model_part``)."""
+    each, extra = divmod(depth + first + last, stages)
+    ends = {0: first, stages - 1: last}
+    return [each + (stage < extra) - ends.get(stage, 0) for stage in range(stages)]
+
+
 def _orders(schedule: str, number: int, degree: int) -> bool:
     """Whether the schedule takes this number of micro-batches (the constructors in torch's ``schedules.py``)."""
     if schedule == "1F1B":
@@ -175,4 +204,4 @@ def _orders(schedule: str, number: int, degree: int) -> bool:
     return True
 
 
-CHECKS = (check_pipeline, check_schedule, check_zero_bubble, check_micro_batches)
+CHECKS = (check_pipeline, check_schedule, check_blocks, check_zero_bubble, check_micro_batches)

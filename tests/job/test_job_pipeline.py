@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job.pipeline import SCHEDULES, V_SHAPED, _fits, _orders, _stages_per_rank
+from nitp_titan.job.pipeline import SCHEDULES, V_SHAPED, _fits, _orders, _stages_per_rank, blocks_of_stages
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +32,15 @@ def test_stages_fit_where_torchtitan_can_make_them(schedule, first, last):
     module = importlib.import_module("torchtitan.distributed.pipeline_parallel")
     for depth in range(1, 14):
         for degree in (2, 3, 4):
+            stages = degree * _stages_per_rank(schedule)
             try:
-                module._generate_llm_fqn_per_model_part(degree * _stages_per_rank(schedule), depth, first, last)
-                possible = True
+                names = module._generate_llm_fqn_per_model_part(stages, depth, first, last)
             except ValueError:
-                possible = False
-            assert _fits(depth, degree, schedule, first, last) == possible, (depth, degree)
+                assert not _fits(depth, degree, schedule, first, last), (depth, degree)
+                continue
+            assert _fits(depth, degree, schedule, first, last), (depth, degree)
+            blocks = [sum(name.startswith("layers.") for name in stage) for stage in names]
+            assert blocks_of_stages(depth, stages, first, last) == blocks, (depth, degree)
 
 
 def accepts(schedule: str, number: int, degree: int) -> bool:
@@ -116,6 +119,15 @@ def test_accepted(overrides):
 def test_refused(overrides, expected):
     found = problems("pipeline_parallel_degree=2", *overrides)
     assert any(expected in problem for problem in found), found
+
+
+def test_a_stage_without_blocks_is_refused_under_context_parallelism():
+    layout = ["model.flavor=debug_moe", "pipeline_parallel_degree=2", "pipeline_parallel_schedule=Interleaved1F1B"]
+    assert problems(*layout, ranks=2) == []
+    found = problems(*layout, "context_parallel_degree=2", ranks=4)
+    assert any("leaves a stage of Interleaved1F1B without blocks" in problem for problem in found), found
+    shorter = [f"pipeline_parallel_{end}_stage_less_layers=0" for end in ("first", "last")]
+    assert problems(*layout, *shorter, "context_parallel_degree=2", ranks=4) == []
 
 
 def test_old_torch_is_refused(monkeypatch):
