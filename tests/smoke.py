@@ -1,17 +1,20 @@
 """The smoke job of a CI: both debug jobs, eager and compiled, on one GPU or, where there is none, on the CPU.
 
-    python -m tests.smoke [--steps N] [--out FOLDER]      (make smoke)
+    python -m tests.smoke [--steps N] [--out FOLDER] [--at-once N]      (make smoke)
 
 Exits 1 unless every run ends well, its losses are finite and have fallen, and TensorBoard has every tag.
+FOLDER/smoke.json has what is wrong with each run: nothing, where all is well.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nitp_titan.job.machine import has_gpu
@@ -74,20 +77,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100 if has_gpu() else 30, help="steps of each run (%(default)s)")
     parser.add_argument("--out", type=Path, default=None, help="folder of the runs (outputs/smoke-TIME)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other (%(default)s)")
     arguments = parser.parse_args()
     out = (arguments.out or ROOT / "outputs" / time.strftime("smoke-%Y%m%d-%H%M%S")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    failed = False
     print(f"Device: {device()}", flush=True)
-    for job in JOBS:
-        for mode in MODES:
-            begin = time.monotonic()
-            problems = run_job(job, mode, arguments.steps, out)
-            failed = failed or bool(problems)
-            verdict = "FAILED" if problems else "ok"
-            print(f"{job:10} {mode:9} {time.monotonic() - begin:6.1f} s  {verdict}", *problems, sep="\n  ", flush=True)
+
+    def check(run: tuple[str, str]) -> list[str]:
+        begin = time.monotonic()
+        problems = run_job(*run, arguments.steps, out)
+        verdict = "FAILED" if problems else "ok"
+        took = f"{time.monotonic() - begin:6.1f} s"
+        print(f"{run[0]:10} {run[1]:9} {took}  {verdict}", *problems, sep="\n  ", flush=True)
+        return problems
+
+    runs = [(job, mode) for job in JOBS for mode in MODES]
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        found = {"-".join(run): problems for run, problems in zip(runs, pool.map(check, runs), strict=True)}
+    (out / "smoke.json").write_text(json.dumps(found, indent=2) + "\n")
     print(f"Runs and logs: {out}")
-    return int(failed)
+    return int(any(found.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""What both programs do with the machine before they start, and how they show what they found."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def choose_device(device: str) -> None:
+    """Hide the GPUs from this process for "cpu", and set what every run sets; before torch is imported.
+
+    Raises:
+        ValueError: "cuda" without a GPU that torch can use.
+    """
+    # As run_train.sh: waiting OpenMP threads slow small work down by an order.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own chatter
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU here")
+
+
+@contextlib.contextmanager
+def compiled_alone() -> Iterator[None]:
+    """Inside, a process that compiles several models compiles each as if it were the only one.
+
+    A function that meets a second shape would otherwise be compiled anew for all shapes, which is slower, and one
+    that meets too many would not be compiled any more: the cross-entropy of whole logits and of chunks is one function.
+    """
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+        yield
+
+
+@contextlib.contextmanager
+def quiet_logs(verbose: bool) -> Iterator[None]:
+    """Inside, leave errors of the logs of TorchTitan's trainers, which all say the same; or nothing out."""
+    if verbose:
+        from torchtitan.tools.logging import init_logger
+
+        init_logger()
+        yield
+        return
+    root = logging.getLogger()
+    usual = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(usual)
+
+
+def show(table: Table, path: Path) -> None:
+    """Print a table, and where its numbers lie."""
+    from rich.console import Console
+
+    console = Console()
+    # Not cut to the width of a pipe.
+    Console(width=None if console.is_terminal else 150).print(table)
+    print(path)

@@ -1,0 +1,72 @@
+"""Where results lie and what every one of them says of the machine that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return ``device``, ``device_type``, ``torch``, ``torchtitan``, ``commit`` and ``ranks`` of this process.
+
+    ``nitp_titan.runtime.prepare()`` has been called.
+    """
+    import importlib.metadata
+
+    import torch
+    from torchtitan.tools import utils
+
+    distributed = torch.distributed.is_initialized()
+    return {
+        "device": utils.device_module.get_device_name(),
+        "device_type": utils.device_type,
+        "torch": torch.__version__,
+        "torchtitan": importlib.metadata.version("torchtitan"),
+        "commit": commit(),
+        "ranks": torch.distributed.get_world_size() if distributed else 1,
+    }
+
+
+def commit() -> str:
+    """Return the checkout's commit, ``-dirty`` where files differ from it; without git ``$COMMIT``, or "?"."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    found = git("rev-parse", "HEAD")
+    # A copy of the files inside another project's checkout has that one's commit.
+    if not found or git("rev-parse", "--show-toplevel") != str(ROOT.resolve()):
+        return os.environ.get("COMMIT", "?")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return f"{found}-dirty" if changed else found
+
+
+def default_path(program: str, subject: str, device: str, device_type: str) -> Path:
+    """Return ``results/DEVICE/PROGRAM-SUBJECT.json``; all CPUs share a folder, since their times tell nothing."""
+    folder = "cpu" if device_type == "cpu" else slug(device.replace("NVIDIA", ""))
+    name = f"{program}-{slug(subject)}" if subject else program
+    return RESULTS / folder / f"{name}.json"
+
+
+def slug(text: str) -> str:
+    """Return a text as part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)

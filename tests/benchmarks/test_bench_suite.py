@@ -1,0 +1,86 @@
+"""gpu_suite.sh: its commands are ones that the programs take, with jobs that are valid on one GPU."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import loss, throughput
+from nitp_titan.job import JobError, load_job
+from nitp_titan.job.read import split_command_line
+from nitp_titan.train import split_config_file
+
+ROOT = Path(__file__).parent.parent.parent
+SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
+
+
+def dry_run() -> dict[str, list[str]]:
+    """Step -> its module and arguments."""
+    env = os.environ | {"DRY_RUN": "1"}
+    done = subprocess.run(["bash", str(SUITE), "out"], env=env, capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = dict(line.split(": -m ", 1) for line in done.stdout.splitlines())
+    return {name: shlex.split(words) for name, words in lines.items()}
+
+
+STEPS = dry_run()
+
+
+def test_the_most_important_comes_first():
+    assert list(STEPS)[:5] == ["smoke", "throughput-0.5b", "loss", "throughput-9b-a1b", "throughput-0.5b-float8"]
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("throughput")])
+def test_jobs_of_throughput_are_valid(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    module, *words = STEPS[name]
+    assert module == "benchmarks.throughput"
+    options, job_words = throughput.parse(words)
+    try:
+        entries, _ = throughput.load_entries(options, job_words, str(tmp_path))
+    except JobError as error:
+        if "not supported yet" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert str(options.out) == f"out/{name}.json"
+    for entry in entries:
+        assert entry.job["training"]["seq_len"] == 8192
+        assert entry.job["compile"]["enable"]
+        assert entry.job["training"]["mixed_precision_param"] == "bfloat16"
+
+
+def test_bars_have_their_steps():
+    assert "ntp,nitp,stock,mtp,ntp_joint" in STEPS["throughput-0.5b"]
+    assert "4,2" in STEPS["throughput-9b-a1b"]
+    assert "nitp_float8:float8.recipe=tensorwise" in STEPS["throughput-0.5b-float8"]
+    assert "8192" in STEPS["loss"][STEPS["loss"].index("--tokens") + 1].split(",")
+
+
+def test_other_steps_are_valid():
+    module, *words = STEPS["loss"]
+    assert module == "benchmarks.loss"
+    assert loss.parse(words).out == Path("out/loss.json")
+    for name in ("evidence-nitp", "evidence-ntp"):
+        module, *words = STEPS[name]
+        file, rest = split_config_file(words)
+        assert split_command_line(rest)[1] == []
+        assert load_job(file, rest, 1).nitp.enable == (name == "evidence-nitp")
+
+
+def test_a_failing_step_stops_nothing_and_is_noted(tmp_path):
+    """Every step fails here: the interpreter is a command that does."""
+    env = os.environ | {"PYTHON": "false", "SECONDS_LEFT": "60"}
+    command = ["bash", str(SUITE), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    lines = (tmp_path / "suite.jsonl").read_text().splitlines()
+    assert [f'"step": "{name}", "exit": 1' in line for name, line in zip(STEPS, lines, strict=True)] == [True] * len(
+        STEPS
+    )
+    env["SECONDS_LEFT"] = "0"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert (tmp_path / "suite.jsonl").read_text().count('"exit": null') == len(STEPS)
