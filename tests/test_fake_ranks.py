@@ -210,6 +210,8 @@ def test_nothing_is_allocated_and_the_process_is_left_as_it_was(monkeypatch, tmp
     trainers = []
     described = fake_ranks._described
     monkeypatch.setattr(fake_ranks, "_described", lambda *args: trainers.append(args[0]) or described(*args))
+    # Trainers of other tests in this process have switched it off.
+    gc.enable()
     torch.manual_seed(12345)
     before, environment = torch.random.get_rng_state(), dict(os.environ)
     made = config("debug", DENSE, nitp=False, tensor_parallel_degree=2)
