@@ -84,10 +84,13 @@ def running(config: Any) -> Iterator[Any]:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    trainer = config.build()
+    trainer = None
     try:
+        trainer = config.build()
         yield trainer
     finally:
-        trainer.close()
-        if alone:
+        if trainer is not None:
+            trainer.close()
+        # A trainer that is refused may have got as far as this.
+        if alone and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
