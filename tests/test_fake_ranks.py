@@ -17,7 +17,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 
 from nitp_titan import fake_ranks
 from nitp_titan.fake_ranks import LayoutError, rank_model
-from nitp_titan.job import machine
+from nitp_titan.job import JobError, load_job, machine
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
 from tests.trainers import trainer_config
@@ -233,3 +233,46 @@ def test_nothing_is_allocated_and_the_process_is_left_as_it_was(monkeypatch, tmp
     assert not logging.root.manager.disable
     assert not torch.distributed.is_initialized()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("expert_hidden_dim", [24, 64])
+@pytest.mark.parametrize(
+    ("world", "degrees"),
+    [
+        (6, {}),
+        (8, {}),
+        (12, {"data_parallel_replicate_degree": 2}),
+        (16, {"data_parallel_replicate_degree": 2}),
+        (16, {"tensor_parallel_degree": 2}),
+        pytest.param(6, {"expert_parallel_degree": 2}, marks=EP),
+        pytest.param(8, {"expert_parallel_degree": 2}, marks=EP),
+        pytest.param(12, {"expert_parallel_degree": 2, "tensor_parallel_degree": 2}, marks=EP),
+        pytest.param(24, {"expert_parallel_degree": 2, "data_parallel_replicate_degree": 2}, marks=EP),
+    ],
+    ids=str,
+)
+def test_a_job_is_refused_where_torch_cannot_cut_its_experts(world, degrees, expert_hidden_dim):
+    shape = {
+        "num_experts": 4,
+        "top_k": 2,
+        "dim": 64,
+        "head_dim": 16,
+        "expert_hidden_dim": expert_hidden_dim,
+        "n_layers": 2,
+    }
+    refusal = ""
+    try:
+        rank_model(config("debug_moe", shape, **degrees), world, 0)
+    except LayoutError as error:
+        refusal = str(error)
+    refused = "uneven sharding" in refusal
+    assert refused or not refusal
+    words = ["--model.flavor=debug_moe", "--training.local_batch_size=1", "--training.global_batch_size=-1"]
+    words += [f"--dataloader.num_streams={world}", *(f"--model.shape.{key}={value}" for key, value in shape.items())]
+    words += [f"--parallelism.{key}={value}" for key, value in ({"expert_parallel_degree": 1} | degrees).items()]
+    try:
+        load_job(None, words, world, for_training=False)
+        found = ""
+    except JobError as error:
+        found = str(error)
+    assert ("expected equal parts" in found, found == "") == (refused, not refused), found

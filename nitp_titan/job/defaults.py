@@ -6,7 +6,7 @@ from typing import Any
 
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft, Unknown
-from nitp_titan.job.layout import DEGREES, Layout, expert_degree
+from nitp_titan.job.layout import DEGREES, Layout, expert_degree, shard_degree
 from nitp_titan.job.schema import all_tables
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -35,8 +35,12 @@ def _layout(draft: Draft) -> None:
     if world == 1 or not all(draft.is_default("parallelism", key) for key in degrees):
         return
     # TorchTitan's own default shards over all ranks. It stays -1, so that the resolved file fits other worlds too.
-    text = f"layout: FSDP over {world} ranks"
     experts = expert_degree(world, draft.facts().num_experts)
+    shard = shard_degree(draft.facts(), world, expert=experts)
+    text = f"layout: FSDP over {shard} ranks"
+    if shard < world:
+        draft.derive("parallelism", "data_parallel_replicate_degree", world // shard)
+        text += f", {world // shard} replicas"
     if experts > 1:
         draft.derive("parallelism", "expert_parallel_degree", experts)
         text += f", experts over {experts}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.errors import Problem
+from nitp_titan.job.models import ModelFacts
 
 DEGREES = (
     "data_parallel_replicate_degree",
@@ -130,7 +131,7 @@ def check_degrees(draft: Draft) -> Iterator[Problem]:
             "parallelism",
             keys,
             f"found {found}, expected {expected}",
-            "the world size is --ngpu of nitp-titan check, NGPU of run_train.sh",
+            "the world size is --ngpu of nitp-titan check, NNODES x NGPU of run_train.sh",
         )
         return
     shard = world // product if shard == -1 else shard
@@ -227,6 +228,54 @@ def check_heads_and_experts(draft: Draft) -> Iterator[Problem]:
         )
 
 
+def experts_divide(
+    model: ModelFacts, *, replicate: int, shard: int, context: int = 1, tensor: int = 1, expert: int = 1
+) -> bool:
+    """Whether FSDP can shard a model's experts over these ranks (``apply_fsdp_to_decoder`` in torchtitan).
+
+    Over more ranks than there are experts it cuts each one's weights, and only into equal parts.
+    """
+    if not model.num_experts or model.expert_hidden_dim is None:
+        return True
+    if expert > 1:
+        cuts, ranks, hidden = shard * context * tensor // expert, shard * context * tensor, model.expert_hidden_dim
+    else:
+        cuts, ranks, hidden = shard * context, replicate * shard * context, model.expert_hidden_dim // tensor
+    return ranks <= model.num_experts or not (hidden % cuts or model.dim % cuts)
+
+
+def shard_degree(model: ModelFacts, world_size: int, **degrees: int) -> int:
+    """Return the largest degree of sharding, the rest being replicas, over which the experts divide; 1 always does."""
+    expert = degrees.get("expert", 1)
+    return max(
+        (
+            shard
+            for shard in range(1, world_size + 1)
+            if world_size % shard == 0
+            and shard * degrees.get("context", 1) * degrees.get("tensor", 1) % expert == 0
+            and experts_divide(model, replicate=world_size // shard, shard=shard, **degrees)
+        ),
+        default=1,
+    )
+
+
+def check_expert_shards(draft: Draft) -> Iterator[Problem]:
+    """The experts divide over FSDP's ranks."""
+    model, layout = draft.facts(), Layout.of(draft)
+    degrees = {"context": layout.context, "tensor": layout.tensor, "expert": layout.expert}
+    if experts_divide(model, replicate=layout.replicate, shard=layout.shard, **degrees):
+        return
+    nearest = shard_degree(model, layout.data_parallel, **degrees)
+    yield draft.problem(
+        "parallelism",
+        ("data_parallel_shard_degree", "expert_parallel_degree"),
+        f"found {layout.shard} with expert_parallel_degree {layout.expert}, expected equal parts: on more ranks than "
+        f"the {model.num_experts} experts FSDP cuts their {model.expert_hidden_dim} x {model.dim} weights",
+        f"data_parallel_shard_degree = {nearest} with data_parallel_replicate_degree = "
+        f"{layout.data_parallel // nearest} would be nearest",
+    )
+
+
 def check_sequence(draft: Draft) -> Iterator[Problem]:
     """The sequence length fits the model and splits over ranks."""
     seq_len = draft.get("training", "seq_len")
@@ -279,4 +328,12 @@ def _neighbours(value: int, divisor: int) -> str:
     return f"the nearest are {below} and {below + divisor}" if below else f"the smallest is {divisor}"
 
 
-CHECKS = (check_degrees, check_support, check_context, check_heads_and_experts, check_sequence, check_batch)
+CHECKS = (
+    check_degrees,
+    check_support,
+    check_context,
+    check_heads_and_experts,
+    check_expert_shards,
+    check_sequence,
+    check_batch,
+)

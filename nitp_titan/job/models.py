@@ -24,6 +24,8 @@ class ModelFacts:
     num_experts: int = 0
     """Routed experts of a block; 0 = dense."""
     top_k: int = 0
+    expert_hidden_dim: int | None = None
+    """Of a routed expert."""
     tied: bool = False
     """Whether embedding and unembedding are one matrix."""
     params: int | None = None
@@ -59,6 +61,7 @@ def facts_of_shape(shape: Shape) -> ModelFacts:
         max_seq_len=shape.max_seq_len,
         num_experts=shape.num_experts,
         top_k=shape.top_k,
+        expert_hidden_dim=shape.expert_hidden_dim if shape.num_experts else None,
         tied=shape.tie_embeddings,
         params=count_parameters(shape),
     )
@@ -91,6 +94,7 @@ def facts_of(config: Any) -> ModelFacts | None:
         max_seq_len=getattr(getattr(attention, "rope", None), "max_seq_len", None),
         num_experts=moe.num_experts if moe is not None else 0,
         top_k=moe.router.top_k if moe is not None else 0,
+        expert_hidden_dim=moe.routed_experts.inner_experts.hidden_dim if moe is not None else None,
         tied=config.enable_weight_tying,
         params=_count(config),
     )
