@@ -75,6 +75,9 @@ class Entry:
                 f"the loss is TorchTitan's plain cross-entropy, {compiled}: its chunked one "
                 + ("fails on this torch (< 2.13)" if self.job["loss"]["name"] == "auto" else "was not asked for")
             )
+        wide = self.job["training"]["mixed_precision_param"] != "bfloat16"
+        if self.variant.trainer == "torchtitan" and self.job.model and self.job.model.num_experts and wide:
+            notes.append("TorchTitan's experts compute in bfloat16 all the same")
         if not self.job["training"]["disable_cuda_graphs"]:
             notes.append("with CUDA graphs")
         return notes

@@ -205,7 +205,7 @@ def table(result: Mapping[str, Any]) -> Table:
     skipped = {name: why for case in result["cases"] for name, why in case["skipped"].items()}
     caption = [f"{result['device']}, torch {result['torch']}"]
     if result["device_type"] == "cpu":
-        caption.append("a CPU's times: ratios at best, no measure of a GPU")
+        caption.append(f"a CPU's {result['clock']}: ratios at best, no measure of a GPU")
     shown.caption = "\n".join(caption + [f"{name}: {why}" for name, why in skipped.items()])
     shown.caption_justify = "left"
     return shown
@@ -226,7 +226,8 @@ def run(options: argparse.Namespace) -> int:
     facts = results.machine_facts()
     out = options.out or results.default_path("loss", "", facts["device"], facts["device_type"])
     meanings = {name: IMPLEMENTATIONS[name][1] for name in names}
-    result: dict[str, Any] = {**facts, "meanings": meanings, "rounds": options.repeats, "cases": []}
+    result: dict[str, Any] = {**facts, "meanings": meanings, "rounds": options.repeats}
+    result |= {"clock": DeviceClock(utils.device_type).kind, "cases": []}
     for case in cases(options, utils.device_type):
         print(f"{case.tokens:,} tokens, {case.vocab_size:,} words, width {case.dim:,}", file=sys.stderr, flush=True)
         result["cases"].append(run_case(case, names, rounds=options.repeats, steps=options.steps))

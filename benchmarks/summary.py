@@ -132,7 +132,7 @@ def table(result: Mapping[str, Any]) -> Table:
     base = result["baseline"]
     caption = [f"{result['device']} x {result['ranks']}, torch {result['torch']}, {result['rounds']} rounds"]
     if result["device_type"] == "cpu":
-        caption.append("a CPU's times: ratios at best, no measure of a GPU")
+        caption.append(f"a CPU's {result['clock']}: ratios at best, no measure of a GPU")
     shown = Table(title=f"{result['config']}: {result['tokens_per_step']:,} tokens a step")
     shown.add_column("variant", no_wrap=True)
     columns = ("step ms (min .. max)", "tokens/s", "MFU", "peak GiB", f"over {base}", "by round (min .. max)", "memory")

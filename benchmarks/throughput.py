@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
 from benchmarks.jobs import Data, Entry, load_entry
+from benchmarks.measure import DeviceClock
 from benchmarks.summary import summarize, table
 from benchmarks.variants import BASELINE, VARIANTS, Variant, choose
 from nitp_titan.job import JobError
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace, words: list[str], dump_folder: str) -> int:
         "steps": options.steps,
         "settle": options.settle,
         "warmup": options.warmup,
+        "clock": DeviceClock(facts["device_type"]).kind,
         "peak_flops": peak_flops(),
     }
     result: dict[str, Any] = {}

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Spread, TurnFailed, overhead_by_round, overhead_of_medians, overhead_percent, take_turns
+from benchmarks import measure
+from benchmarks.measure import (
+    DeviceClock,
+    Spread,
+    TurnFailed,
+    overhead_by_round,
+    overhead_of_medians,
+    overhead_percent,
+    take_turns,
+)
 
 
 class FakeClock:
@@ -75,6 +84,17 @@ def test_what_a_round_shares_cancels_by_round():
     base, more = [7 * d for d in drift], [7.07 * d for d in drift]
     found = overhead_by_round(more, base)
     assert (found.median, found.min, found.max) == pytest.approx((1, 1, 1))
+
+
+def test_a_process_on_a_cpu_counts_its_own_time(monkeypatch):
+    monkeypatch.setattr("time.process_time", lambda: 12.5)
+    clock = DeviceClock("cpu")
+    assert clock() == 12.5
+    assert clock.kind == "processor time"
+    monkeypatch.setattr(measure, "_several_ranks", lambda: True)
+    assert clock.kind == "wall clock"
+    monkeypatch.setattr(measure, "_several_ranks", lambda: False)
+    assert DeviceClock("cuda").kind == "wall clock"
 
 
 def test_a_failing_turn_says_whose_it_is():

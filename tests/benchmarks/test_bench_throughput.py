@@ -99,6 +99,8 @@ def test_mixture_of_experts_in_slices(tmp_path):
     block = parts_of_shape(FLAVORS["debug_moe"].shape).blocks[-1].params()
     assert variants["ntp"]["parameters"] - variants["ntp@2"]["parameters"] == block
     assert variants["stock"]["first_loss"] == pytest.approx(variants["ntp"]["first_loss"], rel=1e-2)  # bf16 experts
+    assert variants["stock"]["notes"] == ["TorchTitan's experts compute in bfloat16 all the same"]
+    assert variants["ntp"]["notes"] == []
     assert "extrapolation" in found
     assert found["extrapolation"].get("full_layers", 4) == 4
 
