@@ -111,7 +111,8 @@ def test_figures_of_a_case():
     assert "nitp" not in summarize_case(CASE, {"liger": [1.0]}, memory, {"liger": 1.0}, {})
 
 
-def test_program(tmp_path, capsys):
+def test_program(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as --device cpu does, and given back afterwards
     out = tmp_path / "loss.json"
     words = ["--tokens", "64,128", "--vocab", "256", "--width", "16", "--chunk-tokens", "32", "--device", "cpu"]
     assert loss.main([*words, "--repeats", "2", "--steps", "1", "--out", str(out)]) == 0

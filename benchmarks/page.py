@@ -1,0 +1,183 @@
+"""Fills docs/performance.md from the roofline and from what lies in benchmarks/results.
+
+    python -m benchmarks.page [--check]
+
+A block of the page stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; everything else is text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Result, Results, at
+from benchmarks.results import RESULTS, ROOT
+from benchmarks.roofline import MFUS, Roofline, roofline, rows
+
+PAGE = ROOT / "docs" / "performance.md"
+SIZES = {"0.5B": 4, "9B-A1B": 2}
+"""Flavors of the page, and the sequences of a step."""
+
+
+def bars(results: Results) -> list[str]:
+    """Return the table of bars."""
+    head = ["| one H100, bf16, compiled, context 8192 | bar | measured | |", "|---|---|---|---|"]
+    return head + [bar.row(results) for bar in BARS]
+
+
+def throughput(results: Results) -> list[str]:
+    """Return a table of training steps for each result of a GPU."""
+    lines: list[str] = []
+    for result in results.throughput:
+        lines += [
+            f"`{result['config']}`, {result['tokens_per_step']:,} tokens a step, {result['ranks']} x "
+            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            "",
+            "| variant | tokens/s | MFU | step ms (min .. max) | peak GiB | over ntp | by round |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, values in result["variants"].items():
+            step, mfu = values["step_ms"], values["mfu_percent"]
+            lines.append(
+                f"| {name} | {values['tokens_per_second']:,.0f} | {'n/a' if mfu is None else f'{mfu:.1f} %'} | "
+                f"{step['median']:.1f} ({step['min']:.1f} .. {step['max']:.1f}) | {values['peak_memory_gib']:.2f} | "
+                f"{_percent(result, 'overhead_percent', name)} | {_spread(result, name)} |"
+            )
+        notes = [f"{name}: {note}" for name, values in result["variants"].items() for note in values["notes"]]
+        notes += at(result, "extrapolation", "arithmetic") or []
+        lines += ["", *[f"- {note}" for note in notes], *([""] if notes else [])]
+    return lines or [f"Training steps on a GPU: {UNMEASURED}."]
+
+
+def cpu_ratios(results: Results) -> list[str]:
+    """Return what a CPU can tell: ratios of time and memory on toy models, of steps and of the loss."""
+    lines = ["| job, on a CPU | variant | time over ntp, by round | peak memory over ntp |", "|---|---|---|---|"]
+    for result in results.throughput:
+        for name in result["overhead_percent"]:
+            memory = _percent(result, "peak_memory_overhead_percent", name)
+            lines.append(f"| `{result['config']}` | {name} | {_spread(result, name)} | {memory} |")
+    lines += ["", "| loss, on a CPU | implementation | time in ours | peak MiB |", "|---|---|---|---|"]
+    for case in (case for result in results.loss for case in result["cases"]):
+        size = f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']}"
+        for name, values in case["implementations"].items():
+            [ratio] = values["time_over"].values()
+            lines.append(f"| {size} | {name} | {ratio:.2f} | {values['peak_memory_mib']:.1f} |")
+    return lines
+
+
+def losses(results: Results) -> list[str]:
+    """Return a table of the loss alone for each case of a GPU."""
+    lines: list[str] = []
+    for result in results.loss:
+        lines += [
+            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            "",
+            "| tokens x vocabulary x width | implementation | ms (min .. max) | in ours | peak MiB | kept MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for case in result["cases"]:
+            size = f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']:,}"
+            for name, values in case["implementations"].items():
+                ms, [ratio] = values["ms"], values["time_over"].values()
+                lines.append(
+                    f"| {size} | {name} | {ms['median']:.2f} ({ms['min']:.2f} .. {ms['max']:.2f}) | {ratio:.2f} | "
+                    f"{values['peak_memory_mib']:,.0f} | {values['kept_memory_mib']:,.0f} |"
+                )
+            lines += [f"| {size} | {name} | - | - | - | {why} |" for name, why in case["skipped"].items()]
+        lines.append("")
+    return lines or [f"The loss on a GPU: {UNMEASURED}."]
+
+
+def limits(flavor: str) -> list[str]:
+    """Return a flavor's roofline, and what it comes to in a step."""
+    line = roofline(flavor, sequences=SIZES[flavor])
+    mfus = " | ".join(f"{100 * mfu:.0f} %" for mfu in MFUS)
+    shares = " | ".join(f"{line.overhead_percent(mfu):.2f} %" for mfu in MFUS)
+    return [
+        "| operation | GFLOPs | MB | ms at the limit | limit |",
+        "|---|---|---|---|---|",
+        *[f"| {' | '.join(row)} |" for row in rows(line)],
+        "",
+        f"| {flavor} without NITP, share of the peak (MFU) | {mfus} |",
+        f"|---{'|---' * len(MFUS)}|",
+        f"| NITP at its limits, over that step | {shares} |",
+    ]
+
+
+def gap(results: Results) -> list[str]:
+    """Return what NITP took beside what it takes at its limits."""
+    lines = ["| | at the limits | measured | between |", "|---|---|---|---|"]
+    for flavor, config, whole in (("0.5B", SMALL, True), ("9B-A1B", LARGE, False)):
+        line = roofline(flavor, sequences=SIZES[flavor])
+        lines.append(f"| {flavor}, ms a step of {line.tokens:,} tokens | {_gap(results, config, whole, line)} |")
+    return lines
+
+
+def _gap(results: Results, config: str, whole: bool, line: Roofline) -> str:
+    limit = 1e3 * line.nitp_seconds
+    step = {name: results.of(config, "variants", name, "step_ms", "median", whole=whole) for name in ("ntp", "nitp")}
+    # Another batch's time has another limit.
+    if None in step.values() or results.of(config, "tokens_per_step", whole=whole) != line.tokens:
+        return f"{limit:.2f} | {UNMEASURED} | {UNMEASURED}"
+    found = step["nitp"] - step["ntp"]
+    return f"{limit:.2f} | {found:.2f} | {found - limit:+.2f}"
+
+
+def _percent(result: Result, key: str, name: str) -> str:
+    value = result[key].get(name)
+    return "" if value is None else f"{value:+.2f} %"
+
+
+def _spread(result: Result, name: str) -> str:
+    values = result["overhead_percent_by_round"].get(name)
+    return "" if values is None else f"{values['median']:+.2f} % ({values['min']:+.1f} .. {values['max']:+.1f})"
+
+
+def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
+    """Return the lines of every block of the page."""
+    gpu, cpu = Results.read(folder, cpu=False), Results.read(folder, cpu=True)
+    return {
+        "bars": bars(gpu),
+        "throughput": throughput(gpu),
+        "loss": losses(gpu),
+        "gap": gap(gpu),
+        "cpu": cpu_ratios(cpu),
+        **{f"roofline {flavor}": limits(flavor) for flavor in SIZES},
+    }
+
+
+def fill(text: str, found: Mapping[str, Sequence[str]]) -> str:
+    """Return a page with its blocks put in.
+
+    Raises:
+        ValueError: the page has a block that there is not, or lacks one that there is.
+    """
+    pattern = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+    names = [match[2] for match in pattern.finditer(text)]
+    if sorted(names) != sorted(found):
+        raise ValueError(f"{PAGE.name} has the blocks {', '.join(names)}, expected {', '.join(found)}, each once")
+    return pattern.sub(lambda match: match[1] + "\n".join(found[match[2]]).strip("\n") + "\n" + match[3], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, or 1 where ``--check`` finds the page behind."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is as it should be")
+    options = parser.parse_args(arguments)
+    text = PAGE.read_text()
+    filled = fill(text, blocks())
+    if not options.check:
+        PAGE.write_text(filled)
+    elif filled != text:
+        print("docs/performance.md is behind its results: python -m benchmarks.page", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""docs/performance.md is what its results say; bars are met, missed or unmeasured."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import page
+from benchmarks.bars import BARS, Results
+from benchmarks.results import RESULTS
+
+THROUGHPUT = {
+    "device": "a GPU",
+    "device_type": "cuda",
+    "torch": "2",
+    "ranks": 1,
+    "commit": "0123456789abc",
+    "rounds": 5,
+    "config": "train_configs/nitp_0.5b.toml",
+    "tokens_per_step": 32768,
+    "variants": {
+        "ntp": {"tokens_per_second": 90_000.0, "mfu_percent": 46.0, "peak_memory_gib": 20.0, "notes": []},
+        "nitp": {"tokens_per_second": 89_000.0, "mfu_percent": 46.5, "peak_memory_gib": 20.5, "notes": ["so and so"]},
+    },
+    "overhead_percent": {"nitp": 1.1},
+    "overhead_percent_by_round": {"nitp": {"median": 1.1, "min": 1.0, "max": 1.3}},
+    "peak_memory_overhead_percent": {"nitp": 2.5},
+    "speed_over": {"ntp": {"stock": 0.99, "nitp": 1.01}},
+    "nitp_share_of_mtp_overhead": 0.05,
+}
+for name, ms in (("ntp", 364.0), ("nitp", 368.0)):
+    THROUGHPUT["variants"][name]["step_ms"] = {"median": ms, "min": ms, "max": ms}
+LOSS = {
+    "device": "a GPU",
+    "device_type": "cuda",
+    "torch": "2",
+    "commit": "?",
+    "rounds": 5,
+    "cases": [
+        {"tokens": tokens, "vocabulary": 100, "width": 8, "implementations": {}, "skipped": {"liger": "not there"}}
+        | {"nitp": {"time_overhead_percent": time, "peak_above_cross_entropy_mib": 65.0}}
+        for tokens, time in ((8192, 12.0), (8192, 14.0), (32768, 99.0))
+    ],
+}
+
+
+def folder_with(tmp_path, **results):
+    for name, result in results.items():
+        path = tmp_path / "gpu" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result))
+    return tmp_path
+
+
+def rows(tmp_path, **results) -> dict[str, str]:
+    found = page.blocks(folder_with(tmp_path, **results))["bars"][2:]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in found}
+
+
+def test_the_page_is_what_its_results_say():
+    """After a new result, or a change of the roofline: python -m benchmarks.page."""
+    assert page.main(["--check"]) == 0
+
+
+def test_committed_results_are_read():
+    found = Results.read(RESULTS, cpu=True)
+    assert {result["config"] for result in found.throughput} == {
+        "train_configs/debug.toml",
+        "train_configs/debug_moe.toml",
+    }
+    assert all("-dirty" not in result["commit"] for result in [*found.throughput, *found.loss])
+    assert found.loss
+
+
+def test_without_a_gpu_every_bar_is_unmeasured(tmp_path):
+    found = rows(tmp_path)
+    assert len(found) == len(BARS)
+    assert all("| unmeasured | |" in row for row in found.values())
+    cpu = copy.deepcopy(THROUGHPUT) | {"device_type": "cpu"}
+    assert rows(tmp_path, cpu=cpu) == found
+
+
+def test_bars_are_met_or_missed(tmp_path):
+    found = rows(tmp_path, a=THROUGHPUT, b=LOSS)
+    assert found["0.5B: NITP's time over NTP's"].endswith("| at most 1.2 % | +1.10 % | met |")
+    assert found["0.5B: tokens/s with NITP"].endswith("| 89,000 | met |")
+    assert found["0.5B: NITP's peak memory over NTP's"].endswith("| +2.50 % | met |")
+    assert found["0.5B: our NTP's speed in stock TorchTitan's"].endswith("| 0.990 | missed |")
+    assert found["0.5B: NITP's overhead in MTP-1's"].endswith("| 0.050 | met |")
+    # The worst of the cases with 8,192 tokens, and no other.
+    assert found["loss of 8,192 tokens: NITP's time over cross-entropy alone"].endswith("| +14.0 % | met |")
+    assert found["loss of 8,192 tokens: NITP's peak above cross-entropy alone"].endswith("| +65.0 MiB | missed |")
+    assert "unmeasured" in found["9B-A1B, from slices: NITP's time over NTP's"]
+
+
+def test_slices_are_not_the_whole_model(tmp_path):
+    slices = copy.deepcopy(THROUGHPUT) | {
+        "config": "train_configs/nitp_9b-a1b.toml",
+        "extrapolation": {"overhead_percent": {"nitp": 0.9}, "arithmetic": ["a sum"]},
+    }
+    found = rows(tmp_path, a=slices)
+    assert found["9B-A1B, from slices: NITP's time over NTP's"].endswith("| +0.90 % | missed |")
+    assert "unmeasured" in found["0.5B: NITP's time over NTP's"]
+    assert "- a sum" in page.blocks(tmp_path)["throughput"]
+    assert "unmeasured" in rows(tmp_path, a=slices | {"config": "nitp_0.5b.toml"})["0.5B: NITP's time over NTP's"]
+
+
+def test_the_gap_is_to_the_limit_of_the_same_batch(tmp_path):
+    from benchmarks.roofline import roofline
+
+    limit = 1e3 * roofline("0.5B", sequences=4).nitp_seconds
+    found = page.blocks(folder_with(tmp_path, a=THROUGHPUT))["gap"][2]
+    assert found.endswith(f"| {limit:.2f} | 4.00 | {4 - limit:+.2f} |")
+    other = copy.deepcopy(THROUGHPUT) | {"tokens_per_step": 65536}
+    assert page.blocks(folder_with(tmp_path, a=other))["gap"][2].endswith("| unmeasured | unmeasured |")
+
+
+def test_tables_of_a_gpu(tmp_path):
+    found = page.blocks(folder_with(tmp_path, a=THROUGHPUT, b=LOSS))
+    assert (
+        "| nitp | 89,000 | 46.5 % | 368.0 (368.0 .. 368.0) | 20.50 | +1.10 % | +1.10 % (+1.0 .. +1.3) |"
+        in found["throughput"]
+    )
+    assert "- nitp: so and so" in found["throughput"]
+    assert any("not there" in line for line in found["loss"])
+
+
+def test_filling_a_page():
+    text = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n"
+    filled = page.fill(text, {"x": ["new", "lines"]})
+    assert filled == "a\n<!-- begin: x -->\nnew\nlines\n<!-- end: x -->\nb\n"
+    assert page.fill(filled, {"x": ["new", "lines"]}) == filled
+    with pytest.raises(ValueError, match="expected x, y"):
+        page.fill(text, {"x": [], "y": []})
