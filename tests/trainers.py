@@ -7,9 +7,12 @@ import json
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torchtitan.components.checkpointer import CheckpointManager
@@ -86,8 +89,11 @@ def running(config: Any) -> Iterator[Any]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     trainer = None
     try:
-        trainer = config.build()
-        yield trainer
+        # TorchTitan waits two seconds at the end of a run for other ranks: minutes, over all tests.
+        clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+        with mock.patch("torchtitan.trainer.time", clock):
+            trainer = config.build()
+            yield trainer
     finally:
         if trainer is not None:
             trainer.close()
