@@ -237,5 +237,11 @@ def check_output(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("job", "dump_folder", f"found {quote(folder)}, but {existing} cannot be written to")
 
 
-MACHINE_CHECKS = (check_assets, check_output, rules.check_device, float8.check_device)
+MACHINE_CHECKS = (
+    check_assets,
+    check_output,
+    rules.check_device,
+    rules.check_selective_checkpointing,
+    float8.check_device,
+)
 """Checks of this machine: errors of a training run, warnings of ``nitp-titan check``."""

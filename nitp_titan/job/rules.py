@@ -203,3 +203,20 @@ def check_device(draft: Draft) -> Iterator[Problem]:
         if wrong:
             needing = f"{what} need a GPU" if not what.endswith(("it", "attention")) else f"{what} needs a GPU"
             yield draft.problem(table, key, f"found no GPU, expected {needing}")
+
+
+def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:
+    """torch 2.13 fails on compiled blocks that are sharded and selectively checkpointed, with and without NITP.
+
+    Seen on a CPU, where torch 2.15 does it; not tried on a GPU.
+    """
+    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
+    selective = draft.get("activation_checkpoint", "mode") == "selective"
+    sharded = draft.get("parallelism", "tensor_parallel_degree") > 1
+    if compiled and selective and sharded and machine.torch_version() == (2, 13) and not machine.has_gpu():
+        yield draft.problem(
+            "activation_checkpoint",
+            "mode",
+            'found "selective", expected "full" or "none" for compiled blocks under tensor parallelism with torch 2.13 '
+            "on a CPU",
+        )

@@ -271,3 +271,14 @@ def test_constants_are_the_data_packages():
 
     assert ByteTokenizer().get_vocab_size() == BYTE_VOCABULARY
     assert tuple(dataset_names()) == DATASETS
+
+
+def test_compiled_blocks_under_tensor_parallelism_are_not_selectively_checkpointed_by_torch_2_13(tmp_path, monkeypatch):
+    layout = ["--parallelism.tensor_parallel_degree=2", "--compile.enable", "--training.local_batch_size=1"]
+    selective = [*layout, "--activation_checkpoint.mode=selective"]
+    [problem] = problems(tmp_path, *selective, ranks=2, for_training=True)
+    assert 'mode: found "selective", expected "full" or "none" for compiled blocks under tensor' in problem
+    assert problems(tmp_path, *selective, ranks=2) == []  # a warning there
+    assert problems(tmp_path, *layout, "--activation_checkpoint.mode=full", ranks=2, for_training=True) == []
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 15))
+    assert problems(tmp_path, *selective, ranks=2, for_training=True) == []
