@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nitp_titan.job.pipeline import V_SHAPED
+from tests.distributed.batches import ROWS
 
 SHORT = {
     "replicate": "data_parallel_replicate_degree",
@@ -31,12 +32,19 @@ class Layout:
     ranks: int
     parallelism: dict[str, Any] = field(default_factory=dict)
     nitp: dict[str, Any] = field(default_factory=dict)
-    local_batch_size: int = 2
+    batch: int | None = None
+    """Sequences of a local batch; by default all of them at once, and half of them in a pipeline."""
+
     ac: str | None = None
     """Activation checkpointing: "full" or "selective"."""
 
     compile: str | None = None
     """Backend of torch.compile for blocks, projector and losses."""
+
+    @property
+    def local_batch_size(self) -> int:
+        rows = ROWS // self.data_parallel_degree
+        return self.batch or max(rows // 2, 2) if "pp" in self.parallelism else self.batch or rows
 
     @property
     def data_parallel_degree(self) -> int:
@@ -49,13 +57,14 @@ class Layout:
 
     def __str__(self) -> str:
         given = {**self.parallelism, **self.nitp}
-        given |= {"local": self.local_batch_size} if self.local_batch_size != 2 else {}
+        given |= {"local": self.batch} if self.batch else {}
         given |= {name: value for name in ("ac", "compile") if (value := getattr(self, name))}
         return "-".join([self.model, f"{self.ranks}ranks", *(f"{name}={value}" for name, value in given.items())])
 
 
 def layout(model: str, ranks: int, *, nitp: dict[str, Any] | None = None, **options: Any) -> Layout:
-    own = {name: options.pop(name) for name in ("local_batch_size", "ac", "compile") if name in options}
+    own = {name: options.pop(name) for name in ("ac", "compile") if name in options}
+    own["batch"] = options.pop("local_batch_size", None)
     return Layout(model, ranks, options, nitp or {}, **own)
 
 
@@ -70,7 +79,7 @@ LAYOUTS = [
     layout("debug", 2, local_batch_size=1, ac="full"),
     layout("debug", 2, replicate=2, shard=1),
     layout("debug", 4, replicate=2),
-    layout("debug", 2, tp=2),
+    layout("debug", 2, tp=2, local_batch_size=2),
     layout("debug", 2, tp=2, sp=False),
     layout("debug", 4, tp=2, ac="selective"),
     layout("debug", 2, tp=2, nitp=FIRST),
@@ -78,16 +87,16 @@ LAYOUTS = [
     layout("debug", 2, tp=2, nitp={"stop_gradient": False}),
     layout("debug", 2, tp=2, nitp={"shift": 0}),
     layout("debug", 2, tp=2, nitp={"loss": "generic_cosine"}),
-    layout("debug", 2, cp=2),
+    layout("debug", 2, cp=2, local_batch_size=2),
     layout("debug", 2, cp=2, balancer=None),
     layout("debug", 2, cp=2, nitp={"stop_gradient": False}),
-    layout("debug", 4, cp=4, local_batch_size=4),
+    layout("debug", 4, cp=4),
     layout("debug", 4, cp=2, tp=2),
     layout("debug", 4, cp=2, tp=2, sp=False, balancer=None),
     layout("debug", 4, cp=2, nitp={"shift": 0}),
     layout("debug", 8, cp=2, tp=2, ac="full"),
     layout("debug", 8, cp=4, tp=2, balancer=None),
-    layout("debug", 2, pp=2, schedule="1F1B"),
+    layout("debug", 2, pp=2, schedule="1F1B", local_batch_size=2),
     layout("debug", 2, pp=2, schedule="1F1B", local_batch_size=8, nitp=FIRST),
     layout("debug", 2, pp=2, schedule="1F1B", nitp=LAST),
     layout("debug", 2, pp=2, schedule="1F1B", nitp={"stop_gradient": False}),
@@ -108,7 +117,7 @@ LAYOUTS = [
     # Our MoE: a dense block and three of 8 experts.
     layout("debug_moe", 2),
     layout("debug_moe", 2, reshard="always", ac="full"),
-    layout("debug_moe", 2, ep=2),
+    layout("debug_moe", 2, ep=2, local_batch_size=2),
     layout("debug_moe", 2, ep=2, tp=2),
     layout("debug_moe", 2, cp=2, ep=2),
     layout("debug_moe", 4, ep=2),

@@ -115,7 +115,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
         key = layout.model, *layout.nitp.items()
         if key not in made:
             folder = tmp_path_factory.mktemp(layout.model)
-            alone = Layout(layout.model, 1, nitp=layout.nitp, local_batch_size=ROWS)
+            alone = Layout(layout.model, 1, nitp=layout.nitp)
             config = config_of(folder / "seed", alone)
             config.checkpoint.enable = config.checkpoint.create_seed_checkpoint = True
             with running(config) as trainer:

@@ -53,12 +53,12 @@ def added(tmp_path: Path, layout: Layout) -> tuple[list[dict[str, int]], int]:
 
 def test_fully_sharded(tmp_path):
     """The gradient of the projector, once a step and micro-batch; its weights, gathered beside the embedding's."""
-    more, micro_batches = added(tmp_path, layout("debug", 2))
+    more, micro_batches = added(tmp_path, layout("debug", 2, local_batch_size=B))
     assert more == [{"_reduce_scatter_base_": micro_batches * PROJECTOR * FP32}] * 2
 
     weights = []
     for projector in ("swiglu", "none"):
-        plain = layout("debug", 2, nitp={"projector": projector})
+        plain = layout("debug", 2, local_batch_size=B, nitp={"projector": projector})
         weights.append(run_on_ranks(2, second_step, tmp_path / projector, plain))
     for (with_projector, _), (without, _) in zip(*weights, strict=True):
         gathered = with_projector["_allgather_base_"] - without["_allgather_base_"]
@@ -68,7 +68,7 @@ def test_fully_sharded(tmp_path):
 @pytest.mark.parametrize("balancer", ["headtail", None])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_context_parallelism_moves_a_row_per_neighbour(tmp_path, ranks, balancer):
-    more, micro_batches = added(tmp_path, layout("debug", ranks, cp=ranks, balancer=balancer))
+    more, micro_batches = added(tmp_path, layout("debug", ranks, cp=ranks, balancer=balancer, local_batch_size=B))
     # A run's first row goes to whoever holds the row before it: to another rank, unless it is the sequence's first.
     # With the balancer the two runs in the middle of the sequence are one rank's.
     if balancer is None:
@@ -94,7 +94,7 @@ def test_sequence_parallelism_moves_a_row_and_shards_the_prediction(tmp_path):
 
 
 def test_tensor_parallelism_without_sequence_parallelism_adds_one_all_reduce(tmp_path):
-    more, micro_batches = added(tmp_path, layout("debug", 2, tp=2, sp=False))
+    more, micro_batches = added(tmp_path, layout("debug", 2, tp=2, sp=False, local_batch_size=B))
     assert more == [{"all_reduce": micro_batches * B * L * D * FP32}] * 2
 
 
