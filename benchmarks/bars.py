@@ -6,24 +6,26 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 UNMEASURED = "unmeasured"
 Result = Mapping[str, Any]
 
+_KINDS = {"cpu": "cpu", "meta": "meta"}
+
 
 @dataclass(frozen=True)
 class Results:
-    """The results of GPUs, or those of CPUs."""
+    """The results of GPUs, those of CPUs, or what was counted without a device."""
 
     throughput: list[Result]
     loss: list[Result]
 
     @classmethod
-    def read(cls, folder: Path, *, cpu: bool) -> Results:
-        """Read every result of a folder's folders, one for each device, in order of their paths."""
+    def read(cls, folder: Path, kind: Literal["gpu", "cpu", "meta"]) -> Results:
+        """Read every result of a kind in a folder's folders, one for each device, in order of their paths."""
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
-        found = [result for result in found if (result.get("device_type") == "cpu") == cpu]
+        found = [result for result in found if _KINDS.get(result.get("device_type"), "gpu") == kind]
         return cls([r for r in found if "variants" in r], [r for r in found if "cases" in r])
 
     def of(self, config: str, *path: str, whole: bool = True) -> Any:

@@ -22,8 +22,8 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from benchmarks.batches import packed_batch
+from nitp_titan.chunked_sum import Implementation
 from nitp_titan.decoder import nitp_model_spec
-from nitp_titan.linear_cross_entropy import recomputed_sum
 from nitp_titan.models.flavors import Shape
 from nitp_titan.models.registry import decoder_config, model_registry
 from nitp_titan.nitp_config import NITPConfig
@@ -125,7 +125,7 @@ class _HandOn(Module):
         return h_BLD
 
 
-def joint_decoder(problem: Problem, nitp: NITPConfig) -> Any:
+def joint_decoder(problem: Problem, nitp: NITPConfig, implementation: Implementation = "fast") -> Any:
     """Return an NITP decoder that takes hidden states (B, L, D) in the tokens' place, with the problem's unembedding.
 
     They are also NITP's target: kept by somebody anyway, as a block's input is in training.
@@ -145,7 +145,8 @@ def joint_decoder(problem: Problem, nitp: NITPConfig) -> Any:
     config.layers = [_HandOn.Config()]
     spec = dataclasses.replace(model_registry("debug"), model=config)
     with torch.device("meta"):
-        model: Any = nitp_model_spec(spec, nitp, chunk_tokens=case.chunk_tokens).model.build()
+        twin = nitp_model_spec(spec, nitp, chunk_tokens=case.chunk_tokens, implementation=implementation)
+        model: Any = twin.model.build()
     # What a pipeline stage has that is neither the first nor the last: hidden states pass through.
     model.tok_embeddings = model.norm = None
     model.lm_head.weight = problem.weight_VD
@@ -164,9 +165,9 @@ def joint_decoder(problem: Problem, nitp: NITPConfig) -> Any:
     return model
 
 
-def _joint(problem: Problem, *, active: bool) -> Head:
+def _joint(problem: Problem, *, active: bool, implementation: Implementation = "fast") -> Head:
     nitp = NITPConfig(target_layer=1)
-    model = joint_decoder(problem, nitp)
+    model = joint_decoder(problem, nitp, implementation)
     model.nitp_active = active
 
     def losses() -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,13 +187,11 @@ def ours_with_nitp(problem: Problem) -> Head:
 
 
 def ours_recomputed(problem: Problem) -> Head:
-    """The reference: plain autograd that makes a chunk's logits again in the backward pass."""
-    chunk_loss = _compiled(problem, cross_entropy_loss)
+    return _joint(problem, active=False, implementation="reference")
 
-    def of_chunk(h_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        return chunk_loss(F.linear(h_TD.unsqueeze(0), problem.weight_VD), labels_T.unsqueeze(0))
 
-    return _of_rows(problem, lambda h, labels: recomputed_sum(of_chunk, h, labels, problem.case.chunk_tokens))
+def ours_recomputed_with_nitp(problem: Problem) -> Head:
+    return _joint(problem, active=True, implementation="reference")
 
 
 def torchtitan_chunked(problem: Problem) -> Head:
@@ -255,9 +254,10 @@ def _compiled(problem: Problem, function: Callable[..., torch.Tensor]) -> Callab
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Problem], Head], str]] = {
-    "ours": (ours, "nitp_titan.linear_cross_entropy, as it trains"),
+    "ours": (ours, "as it trains: a chunk's gradients in the forward pass"),
     "ours+nitp": (ours_with_nitp, "the same with the NITP term"),
-    "ours_recomputed": (ours_recomputed, "its reference: chunks recomputed in the backward pass"),
+    "ours_recomputed": (ours_recomputed, "its reference: chunks computed again in the backward pass"),
+    "ours_recomputed+nitp": (ours_recomputed_with_nitp, "the same with the NITP term"),
     "torchtitan_chunked": (torchtitan_chunked, "TorchTitan's ChunkedLossWrapper, 8 chunks of a sequence"),
     "torchtitan_plain": (torchtitan_plain, "TorchTitan's CrossEntropyLoss, whole logits"),
     "torch_chunked": (torch_chunked, "torch.nn.functional.linear_cross_entropy, chunked"),

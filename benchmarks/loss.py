@@ -39,14 +39,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpu, cpu = _DEFAULTS["gpu"], _DEFAULTS["cpu"]
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--tokens", help=f"with commas ({gpu['tokens']}; on a CPU {cpu['tokens']})")
-    parser.add_argument("--vocab", help=f"with commas ({gpu['vocab']}; on a CPU {cpu['vocab']})")
-    parser.add_argument("--width", help=f"with commas ({gpu['width']}; on a CPU {cpu['width']})")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="(bfloat16; on a CPU float32)")
-    parser.add_argument("--chunk-tokens", type=int, help="of ours (2048; on a CPU 128)")
-    parser.add_argument("--seq-len", type=int, default=8192, help="at most so many tokens a sequence (%(default)s)")
+    add_sizes(parser)
     parser.add_argument("--implementations", default="", help="with commas (all)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(on a GPU)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (%(default)s)")
@@ -60,7 +54,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def cases(options: argparse.Namespace, device: str) -> list[Case]:
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`cases` reads."""
+    gpu, cpu = _DEFAULTS["gpu"], _DEFAULTS["cpu"]
+    parser.add_argument("--tokens", help=f"with commas ({gpu['tokens']}; on a CPU {cpu['tokens']})")
+    parser.add_argument("--vocab", help=f"with commas ({gpu['vocab']}; on a CPU {cpu['vocab']})")
+    parser.add_argument("--width", help=f"with commas ({gpu['width']}; on a CPU {cpu['width']})")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="(bfloat16; on a CPU float32)")
+    parser.add_argument("--chunk-tokens", type=int, help="of ours (2048; on a CPU 128)")
+    parser.add_argument("--seq-len", type=int, default=8192, help="at most so many tokens a sequence (%(default)s)")
+
+
+def cases(options: argparse.Namespace, device: str, *, compile: bool) -> list[Case]:
     """Return the cases, every combination of the options' lists.
 
     Raises:
@@ -89,7 +94,7 @@ def cases(options: argparse.Namespace, device: str) -> list[Case]:
                 dtype=given["dtype"],
                 device=device,
                 seq_len=seq_len,
-                compile=device != "cpu" if options.compile is None else options.compile,
+                compile=compile,
                 chunk_tokens=given["chunk_tokens"],
             )
         )
@@ -228,7 +233,8 @@ def run(options: argparse.Namespace) -> int:
     meanings = {name: IMPLEMENTATIONS[name][1] for name in names}
     result: dict[str, Any] = {**facts, "meanings": meanings, "rounds": options.repeats}
     result |= {"clock": DeviceClock(utils.device_type).kind, "cases": []}
-    for case in cases(options, utils.device_type):
+    compile = utils.device_type != "cpu" if options.compile is None else options.compile
+    for case in cases(options, utils.device_type, compile=compile):
         print(f"{case.tokens:,} tokens, {case.vocab_size:,} words, width {case.dim:,}", file=sys.stderr, flush=True)
         result["cases"].append(run_case(case, names, rounds=options.repeats, steps=options.steps))
         results.write(out, result)

@@ -33,6 +33,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.deepseek_v3.mtp import MTPTransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
 
+from nitp_titan.chunked_sum import ChunkedSum
 from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.objective import next_token_mask, shift_left
 from nitp_titan.trainer import NITPTrainer
@@ -149,7 +150,7 @@ def mtp_model_spec(spec: ModelSpec, *, chunk_tokens: int) -> ModelSpec:
         stock,
         _decoder_class,
         layers=[*stock.layers, _head_block(stock)],
-        lm_head=_retyped(loss_head_config(stock.lm_head, chunk_tokens=chunk_tokens), _two_sums_class),
+        lm_head=_retyped(loss_head_config(stock.lm_head, ChunkedSum(chunk_tokens)), _two_sums_class),
     )
     parallelize = partial(_parallelize, stock=spec.parallelize_fn)
     return dataclasses.replace(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Result, Results, at
+from benchmarks.loss_memory import rows as memory_rows
 from benchmarks.results import RESULTS, ROOT
 from benchmarks.roofline import MFUS, Roofline, roofline, rows
 
@@ -91,6 +92,12 @@ def losses(results: Results) -> list[str]:
     return lines or [f"The loss on a GPU: {UNMEASURED}."]
 
 
+def counted(results: Results) -> list[str]:
+    """Return what the loss takes by count, and what NITP adds to it."""
+    lines = ["| tokens x vocabulary x width | implementation | peak MiB | kept MiB |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(row)} |" for result in results.loss for row in memory_rows(result)]
+
+
 def limits(flavor: str) -> list[str]:
     """Return a flavor's roofline, and what it comes to in a step."""
     line = roofline(flavor, sequences=SIZES[flavor])
@@ -138,12 +145,13 @@ def _spread(result: Result, name: str) -> str:
 
 def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
     """Return the lines of every block of the page."""
-    gpu, cpu = Results.read(folder, cpu=False), Results.read(folder, cpu=True)
+    gpu, cpu = Results.read(folder, "gpu"), Results.read(folder, "cpu")
     return {
         "bars": bars(gpu),
         "throughput": throughput(gpu),
         "loss": losses(gpu),
         "gap": gap(gpu),
+        "counted": counted(Results.read(folder, "meta")),
         "cpu": cpu_ratios(cpu),
         **{f"roofline {flavor}": limits(flavor) for flavor in SIZES},
     }

@@ -27,7 +27,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from torchtitan.tools.utils import set_default_dtype
 
-from nitp_titan.linear_cross_entropy import Implementation, loss_head_config
+from nitp_titan.chunked_sum import ChunkedSum, Implementation
+from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.sequence_shards import SequenceShards
 from nitp_titan.twin import NITPDecoder
@@ -44,6 +45,7 @@ def _twin_class(base: type[Decoder]) -> Any:
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             nitp: NITPConfig
+            chunked_sum: ChunkedSum
             target_layer: int
             projector: FeedForward.Config | None
 
@@ -138,8 +140,8 @@ def nitp_model_spec(
     Args:
         spec: any TorchTitan decoder's: llama3, qwen3, deepseek_v3, this package's own.
         nitp: the options.
-        chunk_tokens: tokens whose logits exist at a time (see :mod:`nitp_titan.linear_cross_entropy`).
-        implementation: of the cross-entropy: "fast" or "reference".
+        chunk_tokens: tokens whose logits exist at a time; the projector takes four times as many.
+        implementation: of both losses, "fast" or "reference" (see :mod:`nitp_titan.chunked_sum`).
 
     Raises:
         ValueError: the model is no decoder, has multi-token-prediction heads, or the target layer is beyond its depth.
@@ -157,10 +159,12 @@ def nitp_model_spec(
 
     # A copy, since TorchTitan writes a run's sequence length and sharding into the configuration that it builds.
     values = {f.name: copy.deepcopy(getattr(stock, f.name)) for f in fields(stock)}
-    values["lm_head"] = loss_head_config(values["lm_head"], chunk_tokens=chunk_tokens, implementation=implementation)
+    chunked_sum = ChunkedSum(chunk_tokens, implementation)
+    values["lm_head"] = loss_head_config(values["lm_head"], chunked_sum)
     twin = _twin_class(owner).Config(
         **values,
         nitp=nitp,
+        chunked_sum=chunked_sum,
         target_layer=nitp.target_layer_of(len(stock.layers)),
         projector=_projector_config(stock.dim, nitp),
     )

@@ -9,7 +9,7 @@ import torch
 from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
-from nitp_titan.linear_cross_entropy import Implementation
+from nitp_titan.chunked_sum import Implementation
 
 
 class JointLoss(BaseLoss):
@@ -26,13 +26,13 @@ class JointLoss(BaseLoss):
         """Lambda; ``NITPTrainer`` takes it from ``nitp.weight``."""
 
         chunk_tokens: int = 2048
-        """Tokens whose logits exist at a time."""
+        """Tokens whose logits exist at a time; the projector takes four times as many."""
 
         implementation: Implementation = "fast"
-        """Of the cross-entropy: "fast" takes gradients in the forward pass, "reference" makes the logits twice."""
+        """Of both losses: "fast" takes a chunk's gradients in the forward pass, "reference" computes it twice."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
-        # What is worth compiling, the cross-entropy, is in the decoder's unembedding.
+        # What is worth compiling, both terms, is in the decoder.
         self.weight = config.weight
         self._valid_pairs: torch.Tensor | None = None
         self._parts: torch.Tensor | None = None

@@ -17,9 +17,10 @@ total although not all of them peak at the same time, so that it errs on the lar
 - block_backward: what the backward pass of the largest block recomputes, and the gradients of its inner activations.
 - saved_target: NITP's z is the input of a block or of the final norm, which keep it anyway, under every mode of
   checkpointing: 0. Under tensor parallelism it is a copy, gathered over the sequence.
-- nitp_loss: inner activations of the projector, and the fp32 copies that the loss takes of prediction and target.
+- nitp_loss: of a chunk of tokens, the inner activations of the projector and the fp32 copies that the loss takes of
+  prediction and target; and the gradients that are taken in the forward pass, as those of the cross-entropy.
 - cross_entropy: the logits of a chunk of tokens and their gradient in the compute dtype, and two such tensors in fp32
-  inside the loss. "linear_cross_entropy" takes its gradients in the forward pass, but for tensor parallelism: the
+  inside the loss. "linear_cross_entropy" takes its gradients in the forward pass (``loss.implementation`` "fast"): the
   unembedding's in fp32, a chunk's share of it in the compute dtype, and the last hidden state's.
 - pipeline_buffers: under pipeline parallelism alone. What a stage receives: each micro-batch's input (with z, after its
   block) and each output's gradient, held from the first step on.
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nitp_titan.costs import Block, Parts, has_projector, projector_params
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp_config import PROJECTOR_CHUNKS, NITPConfig
 
 if TYPE_CHECKING:
     from nitp_titan.job.layout import Layout
@@ -62,7 +63,7 @@ class Run:
     logits_tokens: int
     """Tokens of a rank whose logits exist at a time."""
     eager_loss: bool = False
-    """Whether the loss takes its gradients in the forward pass."""
+    """Whether the losses take their gradients in the forward pass."""
     checkpointing: str = "none"
     """"none", "selective", "full" or "memory_budget"."""
     memory_budget: float = 0.5
@@ -143,7 +144,7 @@ def memory(
         cross_entropy = min(run.logits_tokens, tokens) * parts.vocab_size / layout.tensor * (2 * compute + 4 + 4)
         if run.eager_loss:
             cross_entropy += at_end * (table * (4 + compute) + tokens * parts.dim * compute)
-        nitp_loss = tokens * _nitp_loss_bytes(parts.dim, nitp, layout, compute)
+        nitp_loss = rank.nitp_loss(nitp, tokens, in_flight=at_end) if nitp.enable else 0
     sizes = {
         "weights": local * (0 if run.offload else run.weight_bytes),
         "gradients": local * (0 if run.offload else run.weight_bytes),
@@ -173,14 +174,6 @@ def _saved_target(nitp: NITPConfig, layout: Layout) -> int:
     return int(nitp.enable and nitp.loss != "generic_cosine" and layout.tensor > 1 and layout.sequence_parallel)
 
 
-def _nitp_loss_bytes(dim: int, nitp: NITPConfig, layout: Layout, compute: int) -> float:
-    if not nitp.enable:
-        return 0
-    # Gate, its activation, up and their product. Every rank of a tensor-parallel group takes the whole loss.
-    inner = 4 * nitp.projector_ratio * dim * compute / layout.tensor if has_projector(nitp) else 0
-    return inner + _LOSS_BYTES[nitp.loss] * dim
-
-
 @dataclass(frozen=True, slots=True)
 class _Rank:
     """A rank's share of a block. Sizes of activations are bytes per token of its micro-batch."""
@@ -197,6 +190,21 @@ class _Rank:
     def sequence(self) -> int:
         """How many ranks share the residual stream of a sequence."""
         return self.layout.tensor if self.layout.sequence_parallel else 1
+
+    def nitp_loss(self, nitp: NITPConfig, tokens: float, in_flight: int) -> float:
+        """Bytes at the peak of the NITP loss, of a rank with this many tokens of a micro-batch."""
+        c, d, tensor = self.run.compute_bytes, self.parts.dim, self.layout.tensor
+        rows = tokens / self.sequence
+        if nitp.loss == "generic_cosine":
+            return tokens * _LOSS_BYTES[nitp.loss] * d
+        in_chunk = min(PROJECTOR_CHUNKS * self.run.logits_tokens, rows)
+        # Gate, its activation, up and their product, of the rows that all ranks of the group have in a chunk.
+        inner = 4 * nitp.projector_ratio * d * c * self.sequence / tensor if has_projector(nitp) else 0
+        size = in_chunk * (inner + _LOSS_BYTES[nitp.loss] * d)
+        if self.run.eager_loss and nitp.stop_gradient:
+            weights = projector_params(d, nitp) / tensor
+            size += in_flight * (weights * (4 + c if rows > in_chunk else c) + tokens * d * c)
+        return size
 
     def stored(self, block: Block) -> float:
         """Parameters of the rank."""

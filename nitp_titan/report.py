@@ -158,7 +158,7 @@ def run_of_job(job: Job) -> Run:
         sequences=sequences,
         seq_len=seq_len,
         logits_tokens=tokens,
-        eager_loss=loss == "linear_cross_entropy" and job.layout.tensor == 1,
+        eager_loss=loss == "linear_cross_entropy" and job["loss"]["implementation"] == "fast",
         checkpointing=checkpointing["mode"],
         memory_budget=checkpointing["memory_budget"],
         compute_bytes=4 if fp32 else 2,

@@ -1,4 +1,4 @@
-"""The successor of every token of a sequence that is spread over ranks: one row from each neighbour.
+"""The successor of every token of a sequence, which may be spread over ranks: one row from each neighbour.
 
 Context parallelism gives a rank one run of a sequence, or, with the head-tail balancer, one from its head and one from
 its tail; sequence parallelism then cuts what a context rank has into equal parts. Nearly every token's successor is the
@@ -6,7 +6,8 @@ next local row. Only the last token of a run has it elsewhere, and that one row 
 target, and nothing where the sequence is whole.
 """
 
-# Shape suffixes: B = batch, L = local sequence, K = rows that are exchanged, D = model dim
+# Shape suffixes: B = batch, L = local sequence, K = rows that are exchanged, D = model dim,
+# T = local rows (B * L flattened), C = rows of a chunk
 
 from __future__ import annotations
 
@@ -57,6 +58,53 @@ class SequenceShards:
         rows_KBD = take_rows(z_BLD, plan.sent).transpose(0, 1).contiguous()
         received_KBD = _Exchange.apply(rows_KBD, plan.send_counts, plan.receive_counts, self.group)
         return received_KBD.transpose(0, 1)
+
+    def successors(self, z_BLD: torch.Tensor) -> Successors:
+        """Return the successors of this rank's rows. A collective over ``group``, if there is one."""
+        batch, length, _ = z_BLD.shape
+        arrived: dict[int, torch.Tensor] = {}
+        if self.ranks > 1:
+            plan = self.plan(length)
+            next_BKD = self.next_rows(z_BLD, plan)
+            if next_BKD.requires_grad and not plan.rows:
+                # A rank that gets no row has a part in the exchange's backward pass all the same.
+                z_BLD = torch.cat([z_BLD, next_BKD], dim=1)
+            arrived = {
+                sequence * length + row: next_BKD[sequence, k : k + 1]
+                for sequence in range(batch)
+                for k, row in sorted(enumerate(plan.rows), key=lambda item: item[1])
+            }
+        return Successors(z_BLD.flatten(0, 1), arrived)
+
+    def followed(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Return the mask, False where a sequence ends: nothing follows there."""
+        plan = self.plan(mask_BL.shape[1])
+        mask_BL = mask_BL.clone()
+        for row in set(plan.ends) - set(plan.rows):
+            mask_BL[:, row] = False
+        return mask_BL
+
+
+@dataclass(frozen=True)
+class Successors:
+    """z at t + 1 for the rows t of a rank: read where it lies, so that there is no shifted copy of z."""
+
+    z_TD: torch.Tensor
+
+    arrived: dict[int, torch.Tensor]
+    """The successors (1, D) that another rank had, by the row (of T, in their order) that they follow."""
+
+    def of(self, chunk: slice) -> torch.Tensor:
+        """Return the successors (C, D) of a chunk of rows; that of a sequence's last row is another sequence's row."""
+        row, parts = chunk.start, []
+        for seam, successor in self.arrived.items():
+            if row <= seam < chunk.stop:
+                parts += [self.z_TD[row + 1 : seam + 1], successor]
+                row = seam + 1
+        parts.append(self.z_TD[row + 1 : chunk.stop + 1])
+        if row < chunk.stop == len(self.z_TD):
+            parts.append(self.z_TD[-1:])  # nothing follows: one row as good as another
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Exchange(torch.autograd.Function):

@@ -6,22 +6,25 @@
 Without labels it is the plain backbone, which is what inference sees.
 """
 
-# Shape suffixes: B = batch, L = sequence, K = rows at the seams of a sharded sequence, D = model dim
+# Shape suffixes: B = batch, L = sequence, D = model dim, S = parts of a sequence that ranks of a tensor-parallel group
+# have, T = rows of such a part (of all sequences), C = of them, rows of a chunk, R = S * C
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.nitp_config import PROJECTOR_CHUNKS
 from nitp_titan.objective import nitp_loss
 from nitp_titan.pairs import counted
-from nitp_titan.sequence_shards import SequenceShards, take_rows
+from nitp_titan.sequence_shards import SequenceShards
 from nitp_titan.tapped_blocks import Tap, TappedBlocks
 
 
@@ -149,50 +152,40 @@ class NITPDecoder:
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
         if nitp.loss == "generic_cosine":
             return self._nitp_loss(_local(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
-        loss = partial(self._nitp_loss, kind=nitp.loss, stop_gradient=nitp.stop_gradient)
-        prediction_BLD = self.projector(h_BLD) if self.projector is not None else h_BLD
         # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
-        sharded = self.sequence.tensor > 1
-        placement = Shard(1) if sharded else Replicate()
-        mesh = prediction_BLD.device_mesh if isinstance(prediction_BLD, DTensor) else None
-        prediction_BLD = _local(prediction_BLD, placement)
+        shards = self.sequence.tensor
+        placement = Shard(1) if shards > 1 else Replicate()
         target_BLD = _local(self._cut(target_BLD), placement)
-        if sharded:
-            mask_BL = mask_BL.chunk(self.sequence.tensor, dim=1)[self.sequence.rank % self.sequence.tensor]
+        mask_BL = mask_BL.chunk(shards, dim=1)[self.sequence.rank % shards]
+        if nitp.shift == 1:
+            mask_BL = self.sequence.followed(mask_BL)
+            target_of = self.sequence.successors(target_BLD).of
+        else:
+            target_of = target_BLD.flatten(0, 1).__getitem__
+        mask_T = mask_BL.flatten()
 
-        nitp_sum = _sum_over_pairs(loss, prediction_BLD, target_BLD, mask_BL, nitp.shift, self.sequence)
-        if sharded:
-            assert mesh is not None
-            nitp_sum = DTensor.from_local(nitp_sum, mesh, [Partial()], run_check=False)
+        def chunk_loss(h_SCD: torch.Tensor, chunk: slice) -> torch.Tensor:
+            h_1RD = h_SCD.flatten(0, 1).unsqueeze(0)
+            prediction_1RD = self.projector(h_1RD) if self.projector is not None else h_1RD
+            prediction_CD = _local(prediction_1RD, placement).squeeze(0)
+            options = {"kind": nitp.loss, "stop_gradient": nitp.stop_gradient}
+            return self._nitp_loss(prediction_CD, target_of(chunk), mask_T[chunk], **options)
+
+        # A chunk has the same rows of every rank's part, so that all ranks of the group have theirs in it.
+        h_STD = h_BLD.unflatten(1, (shards, -1)).transpose(0, 1).flatten(1, 2)
+        parameters = list(self.projector.parameters()) if self.projector is not None else []
+        nitp_sum = self._chunked_sum(target_BLD)(chunk_loss, h_STD, parameters)
+        if shards > 1:
+            assert isinstance(h_BLD, DTensor)
+            nitp_sum = DTensor.from_local(nitp_sum, h_BLD.device_mesh, [Partial()], run_check=False)
             nitp_sum = nitp_sum.redistribute(placements=[Replicate()]).to_local()
         return nitp_sum
 
-
-def _sum_over_pairs(
-    loss: Callable[..., torch.Tensor],
-    prediction_BLD: torch.Tensor,
-    target_BLD: torch.Tensor,
-    mask_BL: torch.Tensor,
-    shift: int,
-    sequence: SequenceShards,
-) -> torch.Tensor:
-    """Sum the loss over this rank's predictions, each against the target ``shift`` positions later.
-
-    The target is looked at one row further on rather than moved: no copy of it.
-    """
-    if shift == 0:
-        return loss(prediction_BLD, target_BLD, mask_BL)
-    if sequence.ranks == 1:
-        return loss(prediction_BLD[:, :-1], target_BLD[:, 1:], mask_BL[:, :-1])
-    plan = sequence.plan(mask_BL.shape[1])
-    inside_BL = mask_BL.clone()
-    for row in plan.ends:
-        inside_BL[:, row] = False
-    inside = loss(prediction_BLD[:, :-1], target_BLD[:, 1:], inside_BL[:, :-1])
-    # A row or two: not worth a compilation of their own.
-    eager = partial(nitp_loss, **loss.keywords)  # pyrefly: ignore [missing-attribute]
-    next_BKD = sequence.next_rows(target_BLD, plan)
-    return inside + eager(take_rows(prediction_BLD, plan.rows), next_BKD, take_rows(mask_BL, plan.rows))
+    def _chunked_sum(self, target_BLD: torch.Tensor) -> ChunkedSum:
+        chunked_sum: ChunkedSum = self.config.chunked_sum  # pyrefly: ignore [missing-attribute]
+        more = dataclasses.replace(chunked_sum, chunk_tokens=PROJECTOR_CHUNKS * chunked_sum.chunk_tokens)
+        # The fast way has gradients of hidden states and weights, not of targets.
+        return dataclasses.replace(more, implementation="reference") if target_BLD.requires_grad else more
 
 
 def _local(x: torch.Tensor, placement: Placement) -> torch.Tensor:

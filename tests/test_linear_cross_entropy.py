@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torchtitan.models.common.linear import Linear
 
-from nitp_titan.linear_cross_entropy import LossHead, loss_head_config
+from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.linear_cross_entropy import loss_head_config
 from tests.ranks import run_on_ranks
 
 
@@ -31,7 +32,7 @@ class CappedLinear(Linear):
 def head_and_batch(base: type[Linear], chunk_tokens: int, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     config = base.Config(in_features=16, out_features=40, bias=True)
-    head = loss_head_config(config, chunk_tokens=chunk_tokens).build().to(dtype)
+    head = loss_head_config(config, ChunkedSum(chunk_tokens)).build().to(dtype)
     h_BLD = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
     labels = torch.randint(40, (3, 7))
     labels[0, 3] = labels[2] = -100
@@ -59,7 +60,7 @@ def test_fast_and_reference_agree():
     head, h_BLD, labels = head_and_batch(CappedLinear, 4)
     inputs = [h_BLD, head.weight, head.bias]
     fast = head(h_BLD, labels=labels)
-    head.implementation = "reference"
+    head.chunked_sum = ChunkedSum(4, "reference")
     reference = head(h_BLD, labels=labels)
     assert (type(fast.grad_fn).__name__, type(reference.grad_fn).__name__) == ("_EagerSumBackward", "AddBackward0")
     torch.testing.assert_close(fast, reference)
@@ -72,7 +73,7 @@ def test_fast_and_reference_agree():
 def test_float64_is_the_whole_computation_in_float64(implementation):
     torch.manual_seed(0)
     config = Linear.Config(in_features=16, out_features=40)
-    head = loss_head_config(config, chunk_tokens=4, implementation=implementation).build().double()
+    head = loss_head_config(config, ChunkedSum(4, implementation)).build().double()
     # TorchTitan's cross-entropy rounds logits to fp32.
     head._cross_entropy = lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
@@ -94,7 +95,7 @@ def gradients_of_sharded_vocabulary(implementation: str) -> list[torch.Tensor]:
 
     set_spmd_backend("partial_dtensor")
     head, h_BLD, labels = head_and_batch(Linear, 4)
-    head.implementation = implementation
+    head.chunked_sum = ChunkedSum(4, implementation)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     for name, parameter in list(head.named_parameters()):
         setattr(head, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
@@ -122,21 +123,20 @@ def test_without_gradients_the_sum_is_the_same():
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
-def test_logits_exist_a_chunk_at_a_time(monkeypatch, no_grad):
-    rows = []
-    chunk_loss = LossHead._chunk_loss
-    monkeypatch.setattr(LossHead, "_chunk_loss", lambda self, h, y: rows.append(len(h)) or chunk_loss(self, h, y))
+def test_logits_exist_a_chunk_at_a_time(no_grad):
     head, h_BLD, labels = head_and_batch(Linear, 5)
+    rows, cross_entropy = [], head._cross_entropy
+    head._cross_entropy = lambda logits, y: rows.append(logits.shape[:2]) or cross_entropy(logits, y)
     with torch.set_grad_enabled(not no_grad):
         total = head(h_BLD, labels=labels)
     if not no_grad:
         total.backward()
-    assert rows == [5, 5, 5, 5, 1]
+    assert rows == [(1, 5), (1, 5), (1, 5), (1, 5), (1, 1)]
 
 
 def test_weight_gradient_of_many_bf16_chunks_is_added_up_in_fp32():
     torch.manual_seed(0)
-    head = loss_head_config(Linear.Config(in_features=32, out_features=64), chunk_tokens=16).build().to(torch.bfloat16)
+    head = loss_head_config(Linear.Config(in_features=32, out_features=64), ChunkedSum(16)).build().to(torch.bfloat16)
     h_BLD = torch.randn(4, 512, 32, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(64, (4, 512))
     head(h_BLD, labels=labels).backward()

@@ -141,10 +141,12 @@ def test_layout_precision_and_checkpointing_of_the_job_count(monkeypatch):
     bf16_states = memory("--optimizer.implementation", "fused_opt_states_bf16")
     assert bf16_states["optimizer_states"] == usual["optimizer_states"] / 2
     logits = 2048 * 152_064 * 12 / 2**30
-    gradients = (152_064 * 1792 * 6 + 4 * 8192 * 1792 * 2) / 2**30
-    assert usual["cross_entropy"] == pytest.approx(logits + gradients)
-    assert memory("--loss.chunk_tokens", "1024")["cross_entropy"] == pytest.approx(logits / 2 + gradients)
-    assert memory("--parallelism.tensor_parallel_degree", "2")["cross_entropy"] == pytest.approx(logits / 2)
+    weight, hidden = 152_064 * 1792 * 6 / 2**30, 4 * 8192 * 1792 * 2 / 2**30
+    assert usual["cross_entropy"] == pytest.approx(logits + weight + hidden)
+    assert memory("--loss.chunk_tokens", "1024")["cross_entropy"] == pytest.approx(logits / 2 + weight + hidden)
+    assert memory("--loss.implementation", "reference")["cross_entropy"] == pytest.approx(logits)
+    two = memory("--parallelism.tensor_parallel_degree", "2")
+    assert two["cross_entropy"] == pytest.approx((logits + weight) / 2 + hidden)
     assert memory("--training.enable_cpu_offload")["weights"] == 0
     assert memory("--parallelism.fsdp_reshard_after_forward", "never")["gathered_parameters"] > 3
     # Without NITP the logits of all tokens, or of one in num_chunks.

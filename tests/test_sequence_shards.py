@@ -1,4 +1,4 @@
-"""The exchange of one row per neighbour, against a search for every token's successor."""
+"""Every token's successor, with one row exchanged per neighbour, against a search for it."""
 
 from __future__ import annotations
 
@@ -96,3 +96,49 @@ def test_rows_and_gradients_travel_between_ranks(head_tail):
 def test_sequence_that_does_not_divide_is_an_error():
     with pytest.raises(AssertionError, match="a sequence of 10 over 2 x 2 ranks"):
         runs_of_ranks(10, context=2, tensor=2, head_tail=False)
+
+
+def successors(length: int, spread: dict, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
+    """This rank's tokens of two sequences, what is read as their successors by chunks, which of them have one.
+
+    And the tokens' gradient of the sum of successors, each times its predecessor.
+    """
+    several = spread["context"] * spread["tensor"] > 1
+    rank = dist.get_rank() if several else 0
+    shards = SequenceShards(**spread, rank=rank, group=dist.group.WORLD if several else None)
+    mine = torch.tensor(positions_of_ranks(length, spread)[rank]).double()
+    z_BLD = torch.stack([mine, 100 + mine])[:, :, None].repeat(1, 1, 3).requires_grad_()
+    found, rows = shards.successors(z_BLD), 2 * len(mine)
+    chunks = [slice(start, min(start + chunk_tokens, rows)) for start in range(0, rows, chunk_tokens)]
+    followed_T = shards.followed(torch.ones(2, len(mine), dtype=torch.bool)).flatten()
+    z_TD, next_TD = z_BLD.detach().flatten(0, 1), torch.cat([found.of(chunk) for chunk in chunks])
+    (next_TD[followed_T] * z_TD[followed_T]).sum().backward()
+    return z_TD, next_TD.detach(), followed_T, z_BLD.grad.flatten(0, 1)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 6, 7, 1000])
+@pytest.mark.parametrize(("tensor", "head_tail"), [(1, False), (1, True), (2, False), (2, True)])
+def test_chunks_of_successors_across_ranks(tensor, head_tail, chunk_tokens):
+    spread = {"context": 2, "tensor": tensor, "head_tail": head_tail}
+    length, ends = 24, 0
+    for z_TD, next_TD, followed_T, grad_TD in run_on_ranks(2 * tensor, successors, length, spread, chunk_tokens):
+        assert torch.equal(followed_T, z_TD[:, 0] % 100 != length - 1)
+        assert torch.equal(next_TD[followed_T], z_TD[followed_T] + 1)
+        assert torch.equal(grad_TD, torch.where(z_TD % 100 == 0, 0, z_TD - 1))
+        ends += int((~followed_T).sum())
+    assert ends == 2
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 12, 24, 1000])
+def test_chunks_of_successors_of_whole_sequences(chunk_tokens):
+    z_TD, next_TD, followed_T, grad_TD = successors(12, {"context": 1, "tensor": 1, "head_tail": False}, chunk_tokens)
+    assert (~followed_T).nonzero().flatten().tolist() == [11, 23]
+    assert torch.equal(next_TD[followed_T], z_TD[followed_T] + 1)
+    assert torch.equal(grad_TD, torch.where(z_TD % 100 == 0, 0, z_TD - 1))
+
+
+def test_successors_inside_a_sequence_are_not_copied():
+    z_BLD = torch.randn(2, 12, 3)
+    found = SequenceShards().successors(z_BLD)
+    storages = [found.of(chunk).untyped_storage().data_ptr() for chunk in (slice(0, 10), slice(10, 20))]
+    assert storages == [z_BLD.untyped_storage().data_ptr()] * 2

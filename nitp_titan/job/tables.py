@@ -103,17 +103,18 @@ class ActivationCheckpointTable:
 
 @dataclass(kw_only=True, slots=True)
 class LossTable:
-    """``[loss]``: the next-token loss (NITP's own is ``nitp.loss``)."""
+    """``[loss]``: the next-token loss (NITP's own is ``nitp.loss``), and how both are computed."""
 
     name: Literal["auto", "linear_cross_entropy", "chunked_cross_entropy", "cross_entropy"] = "auto"
     """"linear_cross_entropy" is ours and the one that NITP trains with; the others are TorchTitan's.
     "auto": ours with NITP, otherwise chunked_cross_entropy, or cross_entropy on torch < 2.13."""
 
     chunk_tokens: int = 2048
-    """"linear_cross_entropy": tokens whose logits are held at a time."""
+    """"linear_cross_entropy": tokens whose logits are held at a time; NITP's projector takes four times as many."""
 
     implementation: Literal["fast", "reference"] = "fast"
-    """"linear_cross_entropy": "fast" takes its gradients in the forward pass, "reference" makes the logits twice."""
+    """"linear_cross_entropy", and NITP's loss: "fast" takes a chunk's gradients in the forward pass, "reference"
+    computes the chunk twice."""
 
     num_chunks: int = 8
     """"chunked_cross_entropy": parts that a sequence is split into."""

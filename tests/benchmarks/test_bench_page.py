@@ -65,12 +65,13 @@ def test_the_page_is_what_its_results_say():
 
 
 def test_committed_results_are_read():
-    found = Results.read(RESULTS, cpu=True)
+    found = Results.read(RESULTS, "cpu")
     assert {result["config"] for result in found.throughput} == {
         "train_configs/debug.toml",
         "train_configs/debug_moe.toml",
     }
-    assert all("-dirty" not in result["commit"] for result in [*found.throughput, *found.loss])
+    counted = Results.read(RESULTS, "meta")
+    assert all("-dirty" not in result["commit"] for result in [*found.throughput, *found.loss, *counted.loss])
     assert found.loss
 
 
@@ -79,7 +80,8 @@ def test_without_a_gpu_every_bar_is_unmeasured(tmp_path):
     assert len(found) == len(BARS)
     assert all("| unmeasured | |" in row for row in found.values())
     cpu = copy.deepcopy(THROUGHPUT) | {"device_type": "cpu"}
-    assert rows(tmp_path, cpu=cpu) == found
+    counted = {"device_type": "meta", "cases": []}
+    assert rows(tmp_path, cpu=cpu, counted=counted) == found
 
 
 def test_bars_are_met_or_missed(tmp_path):
