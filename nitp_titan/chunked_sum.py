@@ -7,7 +7,7 @@ Logits of a vocabulary are what this is for, and the inner activations of NITP's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class ChunkedSum:
     """How a sum is taken."""
 
     chunk_tokens: int
-    """Rows of a chunk; the last one may have fewer."""
+    """Rows of a chunk, at most."""
 
     implementation: Implementation = "fast"
     """"fast" takes a chunk's gradients in the forward pass, "reference" computes the chunk twice."""
@@ -46,8 +46,15 @@ class ChunkedSum:
         return eager_sum(chunk_loss, h_STD, self.chunk_tokens, parameters)
 
 
-def _chunks(length: int, chunk_tokens: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_tokens, length)) for start in range(0, length, chunk_tokens))
+def chunks(length: int, chunk_tokens: int) -> list[slice]:
+    """Cut rows into chunks of at most ``chunk_tokens``.
+
+    Equal ones, if up to twice as many are: a chunk of another size is compiled once more, and its products are slower.
+    """
+    fewest = -(-length // chunk_tokens)
+    number = next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
+    size = -(-length // number)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def recomputed_sum(chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
@@ -57,7 +64,7 @@ def recomputed_sum(chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int
     returned.
     """
     total = torch.zeros((), dtype=torch.float32, device=h_STD.device)
-    for chunk in _chunks(h_STD.shape[1], chunk_tokens):
+    for chunk in chunks(h_STD.shape[1], chunk_tokens):
         # Nothing here is random, and a CUDA graph cannot record the reading of the generator's state.
         total = total + checkpoint(chunk_loss, h_STD[:, chunk], chunk, use_reentrant=False, preserve_rng_state=False)
     return total
@@ -83,7 +90,7 @@ class _EagerSum(torch.autograd.Function):
         h_grad_STD = torch.empty_like(_local(h_STD))
         grads: list[torch.Tensor] = []
         found: list[torch.Tensor] = []
-        for chunk in _chunks(h_STD.shape[1], chunk_tokens):
+        for chunk in chunks(h_STD.shape[1], chunk_tokens):
             with torch.enable_grad():
                 h = h_STD[:, chunk].detach().requires_grad_()
                 loss = chunk_loss(h, chunk)

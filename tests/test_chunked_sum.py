@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.chunked_sum import ChunkedSum, chunks
 from tests.ranks import run_on_ranks
 
 BOTH = pytest.mark.parametrize("implementation", ["fast", "reference"])
@@ -37,6 +37,25 @@ def rows_alone(parameters: list[torch.Tensor], other_T3: torch.Tensor):
     """A loss that is a sum over rows, whatever the chunks are."""
     weight, bias = parameters
     return lambda h_SCD, chunk: (torch.tanh(h_SCD @ weight + bias) * other_T3[chunk]).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk_tokens", "sizes"),
+    [
+        (8192, 8192, [8192]),
+        (100, 8192, [100]),
+        (24576, 8192, [8192] * 3),
+        (20480, 8192, [5120] * 4),
+        (21, 5, [3] * 7),
+        (7, 3, [3, 3, 1]),  # no equal ones among three to five
+        (11, 6, [6, 5]),
+        (1, 1, [1]),
+    ],
+)
+def test_chunks_are_equal_where_they_can_be(length, chunk_tokens, sizes):
+    found = chunks(length, chunk_tokens)
+    assert [chunk.stop - chunk.start for chunk in found] == sizes
+    assert [row for chunk in found for row in range(length)[chunk]] == list(range(length))
 
 
 @BOTH

@@ -68,6 +68,10 @@ class Draft:
             raise Unknown
         return self.model
 
+    def compiles_blocks(self) -> bool:
+        """Whether the model's blocks are compiled."""
+        return self.get("compile", "enable") and "model" in self.get("compile", "components")
+
     def is_default(self, table: str, key: str) -> bool:
         """Whether neither file, command line nor flavor sets the key."""
         return self.settings[table, key].source in ("nitp_titan", "upstream")

@@ -70,8 +70,7 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
         )
         return
     per_stage = draft.get("parallelism", "pipeline_parallel_layers_per_stage")
-    first, last = (draft.get("parallelism", f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
-    depth = draft.facts().n_layers
+    depth, first, last = _layers(draft)
     if per_stage is not None:
         stages = math.ceil((depth + first + last) / per_stage) if per_stage > 0 else 0
         expected = [degree] if schedule in SINGLE else [degree * 2]
@@ -106,8 +105,7 @@ def check_blocks(draft: Draft) -> Iterator[Problem]:
         return
     if any(draft.get("parallelism", f"pipeline_parallel_{key}") for key in ("schedule_csv", "layers_per_stage")):
         return
-    first, last = (draft.get("parallelism", f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
-    depth = draft.facts().n_layers
+    depth, first, last = _layers(draft)
     if not _fits(depth, degree, schedule, first, last):
         return
     if 0 in blocks_of_stages(depth, degree * _stages_per_rank(schedule), first, last):
@@ -125,8 +123,7 @@ def check_zero_bubble(draft: Draft) -> Iterator[Problem]:
     if draft.get("parallelism", "pipeline_parallel_degree") <= 1:
         return
     schedule = _schedule(draft)
-    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
-    if schedule in SPLIT_BACKWARD and compiled:
+    if schedule in SPLIT_BACKWARD and draft.compiles_blocks():
         yield draft.problem(
             "parallelism",
             "pipeline_parallel_schedule",
@@ -176,6 +173,12 @@ def check_micro_batches(draft: Draft) -> Iterator[Problem]:
 def _schedule(draft: Draft) -> str | None:
     found = draft.get("parallelism", "pipeline_parallel_schedule").lower()
     return next((name for name in SCHEDULES if name.lower() == found), None)
+
+
+def _layers(draft: Draft) -> tuple[int, int, int]:
+    """Return the model's depth, and how many layers the first and the last stage have less than others."""
+    less = (draft.get("parallelism", f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
+    return draft.facts().n_layers, *less
 
 
 def _stages_per_rank(schedule: str) -> int:

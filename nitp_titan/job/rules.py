@@ -112,7 +112,7 @@ def check_compile(draft: Draft) -> Iterator[Problem]:
         if part not in ("model", "loss"):
             hint = did_you_mean(part, ("model", "loss"))
             yield draft.problem("compile", "components", f'found {quote(part)}, expected "model" or "loss"', hint)
-    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
+    compiled = draft.compiles_blocks()
     needs = 'needs compile.enable = true and "model" in compile.components'
     if draft.get("compile", "enable_async_tensor_parallel") and not compiled:
         yield draft.problem("compile", "enable_async_tensor_parallel", needs)
@@ -210,10 +210,15 @@ def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:
 
     Seen on a CPU, where torch 2.15 does it; not tried on a GPU.
     """
-    compiled = draft.get("compile", "enable") and "model" in draft.get("compile", "components")
     selective = draft.get("activation_checkpoint", "mode") == "selective"
     sharded = draft.get("parallelism", "tensor_parallel_degree") > 1
-    if compiled and selective and sharded and machine.torch_version() == (2, 13) and not machine.has_gpu():
+    if (
+        draft.compiles_blocks()
+        and selective
+        and sharded
+        and machine.torch_version() == (2, 13)
+        and not machine.has_gpu()
+    ):
         yield draft.problem(
             "activation_checkpoint",
             "mode",

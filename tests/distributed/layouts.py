@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nitp_titan.job.pipeline import V_SHAPED
-from tests.distributed.batches import ROWS
+from nitp_titan.nitp_config import PROJECTOR_CHUNKS
+from tests.distributed.batches import ROWS, SEQ_LEN
 
 SHORT = {
     "replicate": "data_parallel_replicate_degree",
@@ -45,6 +46,15 @@ class Layout:
     def local_batch_size(self) -> int:
         rows = ROWS // self.data_parallel_degree
         return self.batch or max(rows // 2, 2) if "pp" in self.parallelism else self.batch or rows
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Of the loss: so few that a rank takes the rows of its projector in two chunks."""
+        sequences = 1 if "pp" in self.parallelism else self.local_batch_size
+        shards = self.parallelism.get("cp", 1) * (
+            self.parallelism.get("tp", 1) if self.parallelism.get("sp", True) else 1
+        )
+        return sequences * SEQ_LEN // shards // 2 // PROJECTOR_CHUNKS
 
     @property
     def data_parallel_degree(self) -> int:
