@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Result, Results, at
 from benchmarks.loss_memory import rows as memory_rows
 from benchmarks.results import RESULTS, ROOT
-from benchmarks.roofline import MFUS, Roofline, roofline, rows
+from benchmarks.roofline import MFUS, Roofline, cross_entropy_operations, loss_operations, roofline, rows, seconds_of
+from nitp_titan.models.flavors import CONTEXT, FLAVORS
 
 PAGE = ROOT / "docs" / "performance.md"
 SIZES = {"0.5B": 4, "9B-A1B": 2}
@@ -114,6 +115,25 @@ def limits(flavor: str) -> list[str]:
     ]
 
 
+def loss_limits() -> list[str]:
+    """Return what NITP's term and the cross-entropy of one sequence take at their limits, and their ratio."""
+    lines = [
+        "| loss of 8,192 tokens, ms at the limits | cross-entropy | NITP | NITP over it, time | FLOPs |",
+        "|---|---|---|---|---|",
+    ]
+    for flavor in SIZES:
+        shape = FLAVORS[flavor].shape
+        alone, term = (
+            cross_entropy_operations(shape.dim, CONTEXT, shape.vocab_size),
+            loss_operations(shape.dim, CONTEXT),
+        )
+        time = seconds_of(term) / seconds_of(alone)
+        work = sum(op.flops for op in term) / sum(op.flops for op in alone)
+        milliseconds = f"{1e3 * seconds_of(alone):.2f} | {1e3 * seconds_of(term):.2f}"
+        lines.append(f"| {flavor} | {milliseconds} | {100 * time:.1f} % | {100 * work:.1f} % |")
+    return lines
+
+
 def gap(results: Results) -> list[str]:
     """Return what NITP took beside what it takes at its limits."""
     lines = ["| | at the limits | measured | between |", "|---|---|---|---|"]
@@ -151,6 +171,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
         "throughput": throughput(gpu),
         "loss": losses(gpu),
         "gap": gap(gpu),
+        "loss limits": loss_limits(),
         "counted": counted(Results.read(folder, "meta")),
         "cpu": cpu_ratios(cpu),
         **{f"roofline {flavor}": limits(flavor) for flavor in SIZES},

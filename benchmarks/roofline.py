@@ -8,7 +8,7 @@ every result once, between kernels that fuse what is elementwise. What is counte
 projector and loss without recomputation, once a token; its weights' cast, reduction and optimizer, once a step.
 """
 
-# T = tokens, D = model dim, R = projector_ratio
+# t = tokens, d = model dim
 
 from __future__ import annotations
 
@@ -63,44 +63,74 @@ class Operation:
         return "FLOPs" if self.flops / device.flops > self.bytes / device.bandwidth else "bytes"
 
 
-def nitp_operations(dim: int, tokens: int, *, ratio: int = 4, ranks: int = 1) -> list[Operation]:
-    """Return what NITP adds to a step of a rank, in bf16 with fp32 weights and AdamW: cosine loss, SwiGLU projector.
+Work = tuple[float, float]
+"""FLOPs and bytes."""
+
+
+def _product(rows: int, read: int, written: int) -> Work:
+    """Of (rows, read) x (read, written), or of a gradient that takes as many, in bf16."""
+    return 2 * rows * read * written, 2 * (rows * (read + written) + read * written)
+
+
+def _moved(numbers: float) -> Work:
+    """Of elementwise work that reads and writes so many numbers in bf16."""
+    return 0, 2 * numbers
+
+
+def _operation(name: str, *work: Work) -> Operation:
+    return Operation(name=name, flops=sum(w[0] for w in work), bytes=sum(w[1] for w in work))
+
+
+def loss_operations(dim: int, tokens: int, *, ratio: int = 4) -> list[Operation]:
+    """Return the forward and backward pass of NITP's term, in bf16: cosine loss, SwiGLU projector.
 
     Their FLOPs add up to ``costs.nitp_flops`` for each token.
+
+    Args:
+        ratio: ``nitp.projector_ratio``.
+    """
+    d, t, inner = dim, tokens, ratio * dim
+    return [
+        _operation("gate and up, forward", _product(t, d, 2 * inner)),
+        _operation("SwiGLU, forward", _moved(t * 3 * inner)),
+        _operation("down, forward", _product(t, inner, d)),
+        # Both vectors read for the cosine, and again for its gradient, which is written.
+        _operation("cosine, forward and backward", (18 * d * t, 2 * t * 5 * d)),
+        _operation("down, backward", _product(t, d, inner), _product(t, inner, d)),
+        _operation("SwiGLU, backward", _moved(t * 5 * inner)),
+        _operation("gate and up, backward", _product(t, 2 * inner, d), _product(t, 2 * inner, d)),
+        _operation("sum of the gradients of h", _moved(t * 3 * d)),
+    ]
+
+
+def nitp_operations(dim: int, tokens: int, *, ratio: int = 4, ranks: int = 1) -> list[Operation]:
+    """Return what NITP adds to a step of a rank: :func:`loss_operations`, and its fp32 weights' work with AdamW.
 
     Args:
         tokens: of a rank's step.
         ratio: ``nitp.projector_ratio``.
         ranks: that share the weights (FSDP).
     """
-    d, t, inner = dim, tokens, ratio * dim
-    weights = 3 * ratio * d**2
-    gate_up, down = 2 * d * inner, inner * d
+    weights = 3 * ratio * dim**2
+    # fp32 -> bf16 and back, whole on every rank; 7 fp32 numbers of each weight of the rank's own.
+    own = _operation("weights: cast, gradients, AdamW", (0, weights * (6 + 6) + weights / ranks * 28))
+    return [*loss_operations(dim, tokens, ratio=ratio), own]
 
-    def product(rows: int, read: int, written: int, matrix: int) -> tuple[int, int]:
-        """FLOPs and bytes of (rows, read) x (read, written), whose weights have ``matrix`` elements."""
-        return 2 * rows * matrix, 2 * (rows * (read + written) + matrix)
 
-    def operation(name: str, *work: tuple[float, float]) -> Operation:
-        return Operation(name=name, flops=sum(w[0] for w in work), bytes=sum(w[1] for w in work))
-
-    def moved(elements: float) -> tuple[float, float]:
-        """Elementwise, in bf16."""
-        return 0, 2 * elements
-
+def cross_entropy_operations(dim: int, tokens: int, vocabulary: int) -> list[Operation]:
+    """Return the forward and backward pass of an unembedding's cross-entropy, in bf16, logits in memory once."""
+    logits = tokens * vocabulary
     return [
-        operation("gate and up, forward", product(t, d, 2 * inner, gate_up)),
-        operation("SwiGLU, forward", moved(t * 3 * inner)),
-        operation("down, forward", product(t, inner, d, down)),
-        # Both vectors read for the cosine, and again for its gradient, which is written.
-        operation("cosine, forward and backward", (18 * d * t, 2 * t * 5 * d)),
-        operation("down, backward", product(t, d, inner, down), product(t, inner, d, down)),
-        operation("SwiGLU, backward", moved(t * 5 * inner)),
-        operation("gate and up, backward", product(t, 2 * inner, d, gate_up), product(t, 2 * inner, d, gate_up)),
-        operation("sum of the gradients of h", moved(t * 3 * d)),
-        # fp32 -> bf16 and back, whole on every rank; 7 fp32 numbers of each weight of the rank's own.
-        operation("weights: cast, gradients, AdamW", (0, weights * (6 + 6) + weights / ranks * 28)),
+        _operation("logits", _product(tokens, dim, vocabulary)),
+        # Read for the maximum and the sum, and again for the gradient, which is written.
+        _operation("softmax, forward and backward", _moved(3 * logits)),
+        _operation("gradients", _product(tokens, vocabulary, dim), _product(tokens, vocabulary, dim)),
     ]
+
+
+def seconds_of(operations: Sequence[Operation], device: Accelerator = H100) -> float:
+    """Return the time of operations one after the other, each at the device's limits."""
+    return sum(operation.seconds(device) for operation in operations)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +146,7 @@ class Roofline:
 
     @property
     def nitp_seconds(self) -> float:
-        return sum(operation.seconds(self.device) for operation in self.operations)
+        return seconds_of(self.operations, self.device)
 
     @property
     def nitp_flops(self) -> float:

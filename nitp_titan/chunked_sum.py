@@ -39,11 +39,12 @@ class ChunkedSum:
 
         Args:
             h_STD: (S, T, D), cut along T. Differentiable, as the sum is.
-            parameters: all else that ``chunk_loss`` reads and that is to get a gradient.
+            parameters: all else that ``chunk_loss`` reads and that may get a gradient.
         """
         if self.implementation == "reference" or not (torch.is_grad_enabled() and h_STD.requires_grad):
             return recomputed_sum(chunk_loss, h_STD, self.chunk_tokens)
-        return eager_sum(chunk_loss, h_STD, self.chunk_tokens, parameters)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return eager_sum(chunk_loss, h_STD, self.chunk_tokens, trained)
 
 
 def chunks(length: int, chunk_tokens: int) -> list[slice]:

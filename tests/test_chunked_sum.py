@@ -112,6 +112,16 @@ def test_hidden_states_without_a_gradient_are_summed_by_plain_autograd():
     torch.testing.assert_close(torch.autograd.grad(total, parameters), expected)
 
 
+@BOTH
+def test_frozen_parameters_get_no_gradient(implementation):
+    h, parameters, other = tensors()
+    parameters[0].requires_grad_(False)
+    ChunkedSum(3, implementation)(rows_alone(parameters, other), h, parameters).backward()
+    assert parameters[0].grad is None
+    assert parameters[1].grad is not None
+    assert h.grad is not None
+
+
 @pytest.mark.parametrize("chunk_tokens", [2, 7])
 def test_gradients_have_the_dtypes_of_their_tensors(chunk_tokens):
     h, parameters, other = tensors(torch.bfloat16)

@@ -73,6 +73,7 @@ def test_committed_results_are_read():
     counted = Results.read(RESULTS, "meta")
     assert all("-dirty" not in result["commit"] for result in [*found.throughput, *found.loss, *counted.loss])
     assert found.loss
+    assert counted.loss
 
 
 def test_without_a_gpu_every_bar_is_unmeasured(tmp_path):

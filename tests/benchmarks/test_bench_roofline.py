@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.roofline import H100, Accelerator, Operation, main, nitp_operations, roofline
+from benchmarks.roofline import H100, Accelerator, Operation, cross_entropy_operations, main, nitp_operations, roofline
 from nitp_titan.costs import flops, nitp_flops, parts_of_shape
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.nitp_config import NITPConfig
@@ -29,6 +29,15 @@ def test_bytes_by_hand():
     assert found["SwiGLU, backward"].bytes == 2 * t * (80 + 40 + 80)
     weights = found["weights: cast, gradients, AdamW"]
     assert weights.bytes == 1200 * (4 + 2 + 2 + 4) + 600 * 4 * 7
+
+
+def test_cross_entropy_by_hand():
+    logits, softmax, gradients = cross_entropy_operations(10, 7, 100)
+    assert (logits.flops, logits.bytes) == (2 * 7 * 10 * 100, 2 * (7 * 10 + 7 * 100 + 10 * 100))
+    assert (softmax.flops, softmax.bytes) == (0, 2 * 3 * 700)
+    assert (gradients.flops, gradients.bytes) == (2 * logits.flops, 2 * logits.bytes)
+    # The paper's: 6 V d a token.
+    assert logits.flops + gradients.flops == 6 * 100 * 10 * 7
 
 
 def test_an_operation_takes_the_longer_of_its_limits():
