@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
@@ -111,6 +112,7 @@ class _EagerSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
         pairs = zip(ctx.saved_tensors, ctx.layouts, strict=True)
         h_grad_STD, *grads = (layout.place(grad * grad_output) for grad, layout in pairs)

@@ -122,6 +122,14 @@ def test_frozen_parameters_get_no_gradient(implementation):
     assert h.grad is not None
 
 
+def test_fast_refuses_a_second_derivative():
+    h, parameters, other = tensors()
+    total = ChunkedSum(3)(rows_alone(parameters, other), h, parameters)
+    (gradient,) = torch.autograd.grad(total.square(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("chunk_tokens", [2, 7])
 def test_gradients_have_the_dtypes_of_their_tensors(chunk_tokens):
     h, parameters, other = tensors(torch.bfloat16)
