@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Inside, ``now`` and ``peak`` are the bytes of the storages that operators have made and that live.
 
-    What an operator takes inside itself is not seen.
+    What an operator takes inside itself is not seen. A storage that was there before counts once an operator returns a
+    view of it, unless it is a known one.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:

@@ -49,7 +49,8 @@ def count(case: Case) -> dict[str, Any]:
         parameters = head.more.parameters() if head.more is not None else ()
         problem.forget()
         gc.collect()
-        with LiveBytes([problem.h_BLD, problem.weight_VD, *parameters]) as live:
+        inputs = [problem.h_BLD, problem.weight_VD, problem.labels_BL, problem.positions_BL, *parameters]
+        with LiveBytes(inputs) as live:
             total, _ = head.losses()
             kept = live.now
             total.backward()

@@ -7,12 +7,12 @@ Logits of a vocabulary are what this is for, and the inner activations of NITP's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
@@ -39,8 +39,8 @@ class ChunkedSum:
         """Sum ``chunk_loss`` over the rows of ``h_STD``; 0-d, fp32 (float64 if the losses are).
 
         Args:
-            h_STD: (S, T, D), cut along T. Differentiable, as the sum is.
-            parameters: all else that ``chunk_loss`` reads and that may get a gradient.
+            h_STD: (S, T, D), cut along T. Differentiable, as the sum is: once, where "fast".
+            parameters: all else that ``chunk_loss`` reads and that may get a gradient; "fast" gives none to others.
         """
         if self.implementation == "reference" or not (torch.is_grad_enabled() and h_STD.requires_grad):
             return recomputed_sum(chunk_loss, h_STD, self.chunk_tokens)
@@ -49,13 +49,18 @@ class ChunkedSum:
 
 
 def chunks(length: int, chunk_tokens: int) -> list[slice]:
-    """Cut rows into chunks of at most ``chunk_tokens``.
+    """Cut rows into chunks of at most ``chunk_tokens``, where that can be of multiples of 16, as float8 products need.
 
     Equal ones, if up to twice as many are: a chunk of another size is compiled once more, and its products are slower.
     """
-    fewest = -(-length // chunk_tokens)
-    number = next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
-    size = -(-length // number)
+    assert length > 0, "a batch without tokens"
+    unit = math.gcd(length, 16)
+    if unit > chunk_tokens:
+        unit = 1
+    units, most = length // unit, chunk_tokens // unit
+    fewest = -(-units // most)
+    number = next((n for n in range(fewest, 2 * fewest) if units % n == 0), fewest)
+    size = -(-units // number) * unit
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -67,8 +72,12 @@ def recomputed_sum(chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int
     """
     total = torch.zeros((), dtype=torch.float32, device=h_STD.device)
     for chunk in chunks(h_STD.shape[1], chunk_tokens):
-        # Nothing here is random, and a CUDA graph cannot record the reading of the generator's state.
-        total = total + checkpoint(chunk_loss, h_STD[:, chunk], chunk, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled():
+            # Nothing here is random, and a CUDA graph cannot record the reading of the generator's state.
+            options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            total = total + checkpoint(chunk_loss, h_STD[:, chunk], chunk, **options)
+        else:
+            total = total + chunk_loss(h_STD[:, chunk], chunk)
     return total
 
 
@@ -78,7 +87,11 @@ def eager_sum(
     """``recomputed_sum`` without the recomputation: a sum's gradients are known in the forward pass, up to a factor.
 
     Each chunk's backward runs at once, while its activations are there (as in Liger and TorchTitan's chunked loss).
-    Gradients of parameters are added up in fp32 over the chunks.
+    Gradients of parameters are added up in fp32 over the chunks. Hooks of a parameter see each chunk's gradient, and
+    then their sum.
+
+    Raises:
+        RuntimeError: in the backward pass, if that is to be differentiated.
     """
     return _EagerSum.apply(chunk_loss, h_STD, chunk_tokens, *parameters)
 
@@ -91,31 +104,40 @@ class _EagerSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=h_STD.device)
         h_grad_STD = torch.empty_like(_local(h_STD))
         grads: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
-        for chunk in chunks(h_STD.shape[1], chunk_tokens):
+        ctx.layouts = []
+        pieces = chunks(h_STD.shape[1], chunk_tokens)
+        for chunk in pieces:
             with torch.enable_grad():
                 h = h_STD[:, chunk].detach().requires_grad_()
                 loss = chunk_loss(h, chunk)
-            found = list(torch.autograd.grad(loss, (h, *parameters)))
-            h_grad_STD[:, chunk] = _local(found[0])
-            parts = [_local(part) for part in found[1:]]
-            if h_STD.shape[1] <= chunk_tokens:
+            found = torch.autograd.grad(loss, (h, *parameters))
+            # Under tensor parallelism gradients may be partial sums.
+            layouts = [_Layout.of(grad, like) for grad, like in zip(found, (h_STD, *parameters), strict=True)]
+            assert ctx.layouts in ([], layouts), "a chunk's gradients lie elsewhere than the last one's"
+            ctx.layouts = layouts
+            h_part, *parts = map(_local, found)
+            h_grad_STD[:, chunk] = h_part
+            if len(pieces) == 1:
                 grads = parts
             elif not grads:
-                grads = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+                # Copies, to be added to: parameters may share what autograd has returned.
+                grads = [part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in parts]
             else:
                 torch._foreach_add_(grads, parts)
             total = total + loss.detach()
+            # Not under the next chunk's activations.
+            del h, loss, found, h_part, parts
         ctx.save_for_backward(h_grad_STD, *grads)
-        # Under tensor parallelism gradients may be partial sums: where they lie is the last chunk's as every other's.
-        ctx.layouts = [_Layout.of(grad, like) for grad, like in zip(found, (h_STD, *parameters), strict=True)]
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'create_graph: this loss has no second derivatives; with loss.implementation = "reference" it has'
+            )
         pairs = zip(ctx.saved_tensors, ctx.layouts, strict=True)
-        h_grad_STD, *grads = (layout.place(grad * grad_output) for grad, layout in pairs)
+        h_grad_STD, *grads = (layout.place(grad, grad_output) for grad, layout in pairs)
         return None, h_grad_STD, None, *grads
 
 
@@ -136,12 +158,14 @@ class _Layout:
             return cls(like.dtype, like.shape, like.stride())
         return cls(like.dtype, like.shape, like.stride(), grad.device_mesh, tuple(grad.placements))
 
-    def place(self, local: torch.Tensor) -> torch.Tensor:
-        local = local.to(self.dtype)
+    def place(self, local: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Return the gradient, times a factor."""
+        # Cast as it is written, without a copy in fp32.
+        scaled = torch.mul(local, factor, out=torch.empty_like(local, dtype=self.dtype))
         if self.mesh is None:
-            return local
+            return scaled
         return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+            scaled, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
 
 

@@ -49,6 +49,12 @@ def _twin_class(base: type[Decoder]) -> Any:
             target_layer: int
             projector: FeedForward.Config | None
 
+            @property
+            def projector_tokens(self) -> int:
+                """Tokens that the projector takes at a time."""
+                chunk_tokens = self.chunked_sum.chunk_tokens
+                return self.nitp.projector_tokens(chunk_tokens, dim=self.dim, vocab_size=self.vocab_size)
+
             def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
                 base.Config.update_from_config(self, config=config, **kwargs)
                 if self.projector is not None:
@@ -140,7 +146,7 @@ def nitp_model_spec(
     Args:
         spec: any TorchTitan decoder's: llama3, qwen3, deepseek_v3, this package's own.
         nitp: the options.
-        chunk_tokens: tokens whose logits exist at a time; the projector takes four times as many.
+        chunk_tokens: tokens whose logits exist at a time; the projector takes as many as need no more memory.
         implementation: of both losses, "fast" or "reference" (see :mod:`nitp_titan.chunked_sum`).
 
     Raises:

@@ -26,7 +26,7 @@ class JointLoss(BaseLoss):
         """Lambda; ``NITPTrainer`` takes it from ``nitp.weight``."""
 
         chunk_tokens: int = 2048
-        """Tokens whose logits exist at a time; the projector takes four times as many."""
+        """Tokens whose logits exist at a time; the projector takes as many as need no more memory."""
 
         implementation: Implementation = "fast"
         """Of both losses: "fast" takes a chunk's gradients in the forward pass, "reference" computes it twice."""

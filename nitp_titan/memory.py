@@ -16,12 +16,12 @@ total although not all of them peak at the same time, so that it errs on the lar
   less. "memory_budget" is taken as that share of the way from "full" to "none".
 - block_backward: what the backward pass of the largest block recomputes, and the gradients of its inner activations.
 - saved_target: NITP's z is the input of a block or of the final norm, which keep it anyway, under every mode of
-  checkpointing: 0. Under tensor parallelism it is a copy, gathered over the sequence.
+  checkpointing and however it is sharded: 0.
 - nitp_loss: of a chunk of tokens, the inner activations of the projector and the fp32 copies that the loss takes of
   prediction and target; and the gradients that are taken in the forward pass, as those of the cross-entropy.
 - cross_entropy: the logits of a chunk of tokens and their gradient in the compute dtype, and two such tensors in fp32
   inside the loss. "linear_cross_entropy" takes its gradients in the forward pass (``loss.implementation`` "fast"): the
-  unembedding's in fp32, a chunk's share of it in the compute dtype, and the last hidden state's.
+  unembedding's, in fp32 where there are several chunks, and the last hidden state's.
 - pipeline_buffers: under pipeline parallelism alone. What a stage receives: each micro-batch's input (with z, after its
   block) and each output's gradient, held from the first step on.
 
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nitp_titan.costs import Block, Parts, has_projector, projector_params
-from nitp_titan.nitp_config import PROJECTOR_CHUNKS, NITPConfig
+from nitp_titan.nitp_config import NITPConfig
 
 if TYPE_CHECKING:
     from nitp_titan.job.layout import Layout
@@ -143,7 +143,7 @@ def memory(
         kept += at_end * compute * parts.dim * (1 / rank.sequence + 1)
         cross_entropy = min(run.logits_tokens, tokens) * parts.vocab_size / layout.tensor * (2 * compute + 4 + 4)
         if run.eager_loss:
-            cross_entropy += at_end * (table * (4 + compute) + tokens * parts.dim * compute)
+            cross_entropy += at_end * rank.eager_gradients(table, tokens, chunked=run.logits_tokens < tokens)
         nitp_loss = rank.nitp_loss(nitp, tokens, in_flight=at_end) if nitp.enable else 0
     sizes = {
         "weights": local * (0 if run.offload else run.weight_bytes),
@@ -154,7 +154,7 @@ def memory(
         "gradient_reduction": gradients,
         "activations": tokens * kept,
         "block_backward": tokens * block_backward,
-        "saved_target": _saved_target(nitp, layout) * stage.last * tokens * parts.dim * compute,
+        "saved_target": 0,
         "nitp_loss": nitp_loss,
         "cross_entropy": cross_entropy,
     }
@@ -167,11 +167,6 @@ def memory(
 def fits(memory_gib: dict[str, float] | None) -> bool | None:
     """Whether a rank's memory fits an 80 GB GPU; None where it is not known."""
     return None if memory_gib is None else memory_gib["total"] * GIB <= CAPACITY
-
-
-def _saved_target(nitp: NITPConfig, layout: Layout) -> int:
-    """Copies of z."""
-    return int(nitp.enable and nitp.loss != "generic_cosine" and layout.tensor > 1 and layout.sequence_parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +192,25 @@ class _Rank:
         rows = tokens / self.sequence
         if nitp.loss == "generic_cosine":
             return tokens * _LOSS_BYTES[nitp.loss] * d
-        in_chunk = min(PROJECTOR_CHUNKS * self.run.logits_tokens, rows)
+        at_a_time = nitp.projector_tokens(self.run.logits_tokens, dim=d, vocab_size=self.parts.vocab_size)
+        in_chunk = min(at_a_time / self.sequence, rows)
         # Gate, its activation, up and their product, of the rows that all ranks of the group have in a chunk.
         inner = 4 * nitp.projector_ratio * d * c * self.sequence / tensor if has_projector(nitp) else 0
         size = in_chunk * (inner + _LOSS_BYTES[nitp.loss] * d)
+        # The last hidden states once more, in the order in which a chunk has rows of every rank's part.
+        size += tokens * d * c * (self.sequence > 1)
         if self.run.eager_loss and nitp.stop_gradient:
             weights = projector_params(d, nitp) / tensor
-            size += in_flight * (weights * (4 + c if rows > in_chunk else c) + tokens * d * c)
+            size += in_flight * self.eager_gradients(weights, tokens, chunked=in_chunk < rows)
         return size
+
+    def eager_gradients(self, weights: float, tokens: float, *, chunked: bool) -> float:
+        """Bytes of what a loss keeps that takes its gradients in the forward pass: of weights and hidden states.
+
+        Over several chunks those of the weights are added up in fp32.
+        """
+        c = self.run.compute_bytes
+        return weights * (4 if chunked else c) + tokens * self.parts.dim * c
 
     def stored(self, block: Block) -> float:
         """Parameters of the rank."""

@@ -14,10 +14,6 @@ LossKind = Literal["cosine", "mse", "smooth_l1", "kl", "generic_cosine"]
 ProjectorKind = Literal["swiglu", "none"]
 Shift = Literal[0, 1]
 
-PROJECTOR_CHUNKS = 4
-"""Chunks of the cross-entropy's tokens that the projector takes at a time: it is an order of magnitude narrower than a
-vocabulary, and larger products and fewer collectives are faster."""
-
 
 @dataclass(kw_only=True, slots=True)
 class NITPConfig:
@@ -90,3 +86,18 @@ class NITPConfig:
                 f"nitp.target_layer: found {self.target_layer}, expected 0..{n_layers} (the model's depth)"
             )
         return self.target_layer
+
+    def projector_tokens(self, chunk_tokens: int, *, dim: int, vocab_size: int) -> int:
+        """Return how many tokens the projector takes at a time: as many as need no more memory than a chunk's logits.
+
+        In numbers of the compute dtype a token has, at the least, its logits and their gradient, 2 V; in the projector
+        gate, up, their product and the three gradients, 6 ratio d, and in the loss prediction, target and a gradient in
+        fp32, 12 d. Larger products are faster, so it is not less than ``chunk_tokens``.
+
+        Args:
+            chunk_tokens: tokens whose logits exist at a time.
+            dim: the model's.
+            vocab_size: the model's.
+        """
+        ratio = self.projector_ratio if self.projector == "swiglu" else 0
+        return max(chunk_tokens, chunk_tokens * 2 * vocab_size // ((6 * ratio + 12) * dim))

@@ -87,7 +87,7 @@ class SequenceShards:
 
 @dataclass(frozen=True)
 class Successors:
-    """z at t + 1 for the rows t of a rank: read where it lies, so that there is no shifted copy of z."""
+    """z at t + 1 for the rows t of a rank: read where it lies, with no shifted copy of z but for a chunk at a seam."""
 
     z_TD: torch.Tensor
 
@@ -103,7 +103,8 @@ class Successors:
                 row = seam + 1
         parts.append(self.z_TD[row + 1 : chunk.stop + 1])
         if row < chunk.stop == len(self.z_TD):
-            parts.append(self.z_TD[-1:])  # nothing follows: one row as good as another
+            # Nothing follows: one row is as good as another, and the chunk keeps the length that is compiled.
+            parts.append(self.z_TD[-1:])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -6,13 +6,13 @@
 Without labels it is the plain backbone, which is what inference sees.
 """
 
-# Shape suffixes: B = batch, L = sequence, D = model dim, S = parts of a sequence that ranks of a tensor-parallel group
-# have, T = rows of such a part (of all sequences), C = of them, rows of a chunk, R = S * C
+# Shape suffixes: B = batch, L = sequence, D = model dim
+# For the NITP loss: S = ranks that share sequences (sequence parallelism; else 1), T = rows that one of them has of all
+# sequences, C = those of them that are in a chunk, R = S * C
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from nitp_titan.chunked_sum import ChunkedSum
-from nitp_titan.nitp_config import PROJECTOR_CHUNKS
 from nitp_titan.objective import nitp_loss
 from nitp_titan.pairs import counted
 from nitp_titan.sequence_shards import SequenceShards
@@ -149,6 +148,13 @@ class NITPDecoder:
         return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD  # pyrefly: ignore
 
     def _nitp_sum(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Return the sum of NITP losses over the pairs of the batch, a chunk of tokens at a time.
+
+        Args:
+            h_BLD: whole sequences of this context rank.
+            target_BLD: the same, or a part of each where sequence parallelism cuts them.
+            mask_BL: (B, L) bool, as ``h_BLD``.
+        """
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
         if nitp.loss == "generic_cosine":
             return self._nitp_loss(_local(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
@@ -161,7 +167,8 @@ class NITPDecoder:
             mask_BL = self.sequence.followed(mask_BL)
             target_of = self.sequence.successors(target_BLD).of
         else:
-            target_of = target_BLD.flatten(0, 1).__getitem__
+            target_TD = target_BLD.flatten(0, 1)
+            target_of = target_TD.__getitem__
         mask_T = mask_BL.flatten()
 
         def chunk_loss(h_SCD: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -182,10 +189,10 @@ class NITPDecoder:
         return nitp_sum
 
     def _chunked_sum(self, target_BLD: torch.Tensor) -> ChunkedSum:
-        chunked_sum: ChunkedSum = self.config.chunked_sum  # pyrefly: ignore [missing-attribute]
-        more = dataclasses.replace(chunked_sum, chunk_tokens=PROJECTOR_CHUNKS * chunked_sum.chunk_tokens)
+        config: Any = self.config  # pyrefly: ignore [missing-attribute]
         # The fast way has gradients of hidden states and weights, not of targets.
-        return dataclasses.replace(more, implementation="reference") if target_BLD.requires_grad else more
+        implementation = "reference" if target_BLD.requires_grad else config.chunked_sum.implementation
+        return ChunkedSum(max(config.projector_tokens // self.sequence.tensor, 1), implementation)
 
 
 def _local(x: torch.Tensor, placement: Placement) -> torch.Tensor:

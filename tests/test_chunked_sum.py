@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from benchmarks.live_bytes import LiveBytes
 from nitp_titan.chunked_sum import ChunkedSum, chunks
 from tests.ranks import run_on_ranks
 
@@ -46,6 +49,9 @@ def rows_alone(parameters: list[torch.Tensor], other_T3: torch.Tensor):
         (100, 8192, [100]),
         (24576, 8192, [8192] * 3),
         (20480, 8192, [5120] * 4),
+        (10000, 8192, [5008, 4992]),  # equal ones would be no multiples of 16
+        (24592, 8192, [6160, 6160, 6160, 6112]),
+        (24, 8, [8] * 3),
         (21, 5, [3] * 7),
         (7, 3, [3, 3, 1]),  # no equal ones among three to five
         (11, 6, [6, 5]),
@@ -122,12 +128,63 @@ def test_frozen_parameters_get_no_gradient(implementation):
     assert h.grad is not None
 
 
-def test_fast_refuses_a_second_derivative():
+def test_fast_refuses_second_derivatives_and_the_reference_has_them():
     h, parameters, other = tensors()
-    total = ChunkedSum(3)(rows_alone(parameters, other), h, parameters)
-    (gradient,) = torch.autograd.grad(total.square(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+
+    def second(total: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(total * h.square().sum(), h, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), h)[0]
+
+    chunk_loss = rows_alone(parameters, other)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        second(ChunkedSum(3)(chunk_loss, h, parameters))
+    found = second(ChunkedSum(3, "reference")(chunk_loss, h, parameters))
+    torch.testing.assert_close(found, second(chunk_loss(h, slice(None))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_may_share_a_gradient(dtype):
+    """autograd gives summands one tensor, and a bias that is summed an expanded one."""
+    h, (weight, bias), _ = tensors(dtype)
+    other = torch.ones_like(weight, requires_grad=True)
+
+    def chunk_loss(h_SCD: torch.Tensor, chunk: slice) -> torch.Tensor:
+        return (h_SCD @ (weight + other)).square().sum() + bias.sum() * (chunk.stop - chunk.start)
+
+    fast, reference = (
+        torch.autograd.grad(ChunkedSum(3, way)(chunk_loss, h, [weight, other, bias]), [h, weight, other, bias])
+        for way in ("fast", "reference")
+    )
+    torch.testing.assert_close(fast, reference)
+
+
+@BOTH
+def test_nothing_stays_without_garbage_collection(implementation):
+    """A trainer turns Python's own collection off: a cycle that held a chunk's tensors would fill the memory."""
+    _, parameters, other = tensors()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with LiveBytes([*parameters, other]) as live:
+                h = torch.zeros(2, 7, 5, dtype=torch.float64).requires_grad_()
+                total = ChunkedSum(3, implementation)(rows_alone(parameters, other), h, parameters)
+                total.backward()
+                for parameter in parameters:
+                    parameter.grad = None
+                del h, total
+                assert live.now == 0
+    finally:
+        gc.enable()
+
+
+def test_a_chunks_gradients_do_not_lie_under_the_next_chunks_activations():
+    h = torch.zeros(1, 4, 2, device="meta", requires_grad=True)
+    weight = torch.zeros(2, 1000, device="meta", requires_grad=True)
+    with LiveBytes([h, weight]) as live:
+        ChunkedSum(1)(lambda h_SCD, _: (h_SCD @ weight).exp().sum(), h, [weight])
+    # The sum of gradients and another's: 2 x 8,000; rows, their exponentials or their gradients: 4,000 each.
+    assert live.peak < 2 * 8000 + 2 * 4000
 
 
 @pytest.mark.parametrize("chunk_tokens", [2, 7])

@@ -77,3 +77,21 @@ def test_target_layer_beyond_the_depth_is_an_error_that_tells_the_range():
 def test_config_is_importable_without_torch():
     code = "import sys, nitp_titan.nitp_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flavor_dim", "vocabulary", "ratio", "tokens"),
+    [
+        (896, 152_064, 4, 2048 * 2 * 152_064 // (36 * 896)),
+        (896, 152_064, 2, 2048 * 2 * 152_064 // (24 * 896)),
+        (4096, 32_000, 4, 2048),  # less memory than its logits' would be too few for a fast product
+    ],
+)
+def test_the_projector_takes_what_a_chunks_logits_take(flavor_dim, vocabulary, ratio, tokens):
+    found = NITPConfig(projector_ratio=ratio).projector_tokens(2048, dim=flavor_dim, vocab_size=vocabulary)
+    assert found == tokens
+
+
+def test_without_a_projector_the_loss_takes_more_tokens_at_a_time():
+    found = NITPConfig(projector="none").projector_tokens(10, dim=10, vocab_size=600)
+    assert found == 10 * 2 * 600 // 120

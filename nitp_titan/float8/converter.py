@@ -22,6 +22,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
+from nitp_titan.decoder import PROJECTOR_PREFIX
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.plan import (
     MULTIPLE,
@@ -52,7 +53,7 @@ class Float8Converter(QuantizationConverter):
     class Config(QuantizationConverter.Config):
         float8: Float8Config
         tokens: int
-        """Tokens of a product on one rank."""
+        """A rank's at a time."""
         tensor_parallel: int = 1
 
     def __init__(self, config: Config):
@@ -79,6 +80,7 @@ class Float8Converter(QuantizationConverter):
                 in_features=linear.in_features,
                 out_features=linear.out_features,
                 special=type(linear) is not Linear.Config,
+                at_most=model_config.projector_tokens if name.startswith(PROJECTOR_PREFIX) else None,
             )
             for name, linear, _, _ in model_config.traverse(Linear.Config)
         ]

@@ -6,6 +6,7 @@ the other off the shape of a model of ours (:func:`layers_of_shape`).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,8 @@ class LinearLayer:
     out_features: int
     special: bool = False
     """Whether its class multiplies in a way of its own."""
+    at_most: int | None = None
+    """Tokens that it takes at a time; None = all of a micro-batch."""
 
     def local(self, tensor_parallel: int) -> tuple[int, int]:
         """Return (K, N): the input and output features that one rank multiplies."""
@@ -56,8 +59,8 @@ class Choice:
     """What becomes of a layer."""
 
     layer: LinearLayer
-    shape: tuple[int, int]
-    """(K, N) of one rank."""
+    shape: tuple[int, int, int]
+    """(M, K, N) of one rank: tokens, input and output features."""
     left_because: str = ""
     """Why it stays in high precision; "" where it is converted."""
     no_gain: str = ""
@@ -69,8 +72,6 @@ class Plan:
     """What becomes of a model's linear layers."""
 
     config: Float8Config
-    tokens: int
-    """Tokens of a product on one rank."""
     choices: tuple[Choice, ...]
     experts: int = 0
     """Blocks whose routed experts are converted."""
@@ -82,7 +83,7 @@ class Plan:
 
     def speedup(self) -> float:
         """Return the time of the converted layers in bf16 over that in float8, by torchao's roofline; 1 of none."""
-        pairs = [times(self.config.recipe, self.tokens, *choice.shape) for choice in self.converted]
+        pairs = [times(self.config.recipe, *choice.shape) for choice in self.converted]
         bf16, float8 = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (1.0, 1.0)
         return bf16 / float8
 
@@ -102,8 +103,8 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """Yield a line for each kind of layer: its name, number and shape, and its gain or why it is left."""
         for group in _groups(self.choices):
-            choice, (k, n) = group[0], group[0].shape
-            bf16, float8 = times(self.config.recipe, self.tokens, k, n)
+            choice, (_, k, n) = group[0], group[0].shape
+            bf16, float8 = times(self.config.recipe, *choice.shape)
             what = choice.left_because or choice.no_gain or f"at most {bf16 / float8:.2f}x as fast"
             count = f" x {len(group)}" if len(group) > 1 else ""
             yield f"{'left     ' if choice.left_because else 'converted'} {_name(group)}{count}, {k} -> {n}: {what}"
@@ -142,7 +143,7 @@ def plan(
     Args:
         config: the ``[float8]`` table, with a recipe other than "none".
         layers: the linear layers of the model.
-        tokens: tokens of a product on one rank.
+        tokens: a rank's at a time.
         tensor_parallel: degree of tensor parallelism.
         experts: blocks with routed experts; they count where ``config.experts`` is set.
     """
@@ -150,14 +151,14 @@ def plan(
     automatic = AUTO_FILTER in config.filter_fqns
     choices = []
     for layer in layers:
-        k, n = shape = layer.local(tensor_parallel)
-        why = _why_left(layer, shape, names)
-        no_gain = "" if why else why_no_gain(config.recipe, tokens, k, n)
+        shape = min(tokens, layer.at_most or tokens), *layer.local(tensor_parallel)
+        why = _why_left(layer, shape[1:], names)
+        no_gain = "" if why else why_no_gain(config.recipe, *shape)
         choices.append(Choice(layer, shape, why or (no_gain if automatic else ""), no_gain))
-    return Plan(config=config, tokens=tokens, choices=tuple(choices), experts=experts if config.experts else 0)
+    return Plan(config=config, choices=tuple(choices), experts=experts if config.experts else 0)
 
 
-def _why_left(layer: LinearLayer, shape: tuple[int, int], filter_fqns: list[str]) -> str:
+def _why_left(layer: LinearLayer, features: Iterable[int], filter_fqns: list[str]) -> str:
     for part, reason in _ALWAYS_LEFT.items():
         if part in layer.name:
             return reason
@@ -165,13 +166,13 @@ def _why_left(layer: LinearLayer, shape: tuple[int, int], filter_fqns: list[str]
         return f'filter_fqns has "{match}"'
     if layer.special:
         return "a linear layer with a product of its own"
-    if any(size % MULTIPLE for size in shape):
+    if any(size % MULTIPLE for size in features):
         return f"not a multiple of {MULTIPLE}"
     return ""
 
 
 def tokens_at_a_time(sequences: int, seq_len: int, *, context: int, pipeline: int, microbatch: int) -> int:
-    """Return the tokens of a product on one rank.
+    """Return the tokens that a rank has at a time.
 
     Args:
         sequences: a rank's local batch size.
@@ -202,8 +203,12 @@ def unmatched(config: Float8Config, layers: Iterable[LinearLayer]) -> Iterator[t
             yield word, near[0] if near else ""
 
 
-def layers_of_shape(shape: Shape, nitp: NITPConfig) -> Iterator[LinearLayer]:
-    """Yield the linear layers of a model of ours and of NITP's projector."""
+def layers_of_shape(shape: Shape, nitp: NITPConfig, *, chunk_tokens: int = 2048) -> Iterator[LinearLayer]:
+    """Yield the linear layers of a model of ours and of NITP's projector.
+
+    Args:
+        chunk_tokens: of the loss.
+    """
     d, heads = shape.dim, shape.n_heads * shape.head_dim
     yield _layer("lm_head", d, shape.vocab_size)
     for index in range(shape.n_layers):
@@ -218,7 +223,9 @@ def layers_of_shape(shape: Shape, nitp: NITPConfig) -> Iterator[LinearLayer]:
             width = shape.expert_hidden_dim * shape.num_shared_experts
             yield from _feed_forward(f"{block}.moe.shared_experts", d, width)
     if has_projector(nitp):
-        yield from _feed_forward("projector", d, nitp.projector_ratio * d)
+        at_most = nitp.projector_tokens(chunk_tokens, dim=d, vocab_size=shape.vocab_size)
+        for layer in _feed_forward("projector", d, nitp.projector_ratio * d):
+            yield dataclasses.replace(layer, at_most=at_most)
 
 
 def _layer(name: str, in_features: int, out_features: int) -> LinearLayer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.plan import (
@@ -44,14 +44,7 @@ def check_float8(draft: Draft) -> Iterator[Problem]:
             yield draft.problem("float8", "filter_fqns", message, hint)
         if config.experts and shape.num_experts and (wrong := experts_problem(shape.dim, shape.expert_hidden_dim)):
             yield draft.problem("float8", "experts", f"found true, expected false: {wrong}")
-    layout = Layout.of(draft)
-    tokens = tokens_at_a_time(
-        draft.get("training", "local_batch_size"),
-        draft.get("training", "seq_len"),
-        context=layout.context,
-        pipeline=layout.pipeline,
-        microbatch=draft.get("parallelism", "pipeline_parallel_microbatch_size"),
-    )
+    tokens = _tokens(Layout.of(draft), draft.get)
     if tokens % MULTIPLE and not config.emulate:
         message = f"a rank has {tokens} tokens at a time, expected a multiple of {MULTIPLE} with float8"
         yield draft.problem("training", ("seq_len", "local_batch_size"), message)
@@ -81,17 +74,20 @@ def explain(job: Job) -> tuple[list[str], list[str]]:
 def _plan(job: Job) -> Plan | None:
     if job.shape is None:
         return None
-    training, parallelism = job["training"], job["parallelism"]
     return plan(
         job.float8,
-        layers_of_shape(job.shape, job.nitp),
-        tokens=tokens_at_a_time(
-            training["local_batch_size"],
-            training["seq_len"],
-            context=job.layout.context,
-            pipeline=job.layout.pipeline,
-            microbatch=parallelism["pipeline_parallel_microbatch_size"],
-        ),
+        layers_of_shape(job.shape, job.nitp, chunk_tokens=job["loss"]["chunk_tokens"]),
+        tokens=_tokens(job.layout, lambda table, key: job[table][key]),
         tensor_parallel=job.layout.tensor,
         experts=job.shape.moe_layers(),
+    )
+
+
+def _tokens(layout: Layout, get: Callable[[str, str], Any]) -> int:
+    return tokens_at_a_time(
+        get("training", "local_batch_size"),
+        get("training", "seq_len"),
+        context=layout.context,
+        pipeline=layout.pipeline,
+        microbatch=get("parallelism", "pipeline_parallel_microbatch_size"),
     )

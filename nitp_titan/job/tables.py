@@ -110,11 +110,12 @@ class LossTable:
     "auto": ours with NITP, otherwise chunked_cross_entropy, or cross_entropy on torch < 2.13."""
 
     chunk_tokens: int = 2048
-    """"linear_cross_entropy": tokens whose logits are held at a time; NITP's projector takes four times as many."""
+    """"linear_cross_entropy": tokens whose logits are held at a time; NITP's projector takes as many as need
+    no more memory."""
 
     implementation: Literal["fast", "reference"] = "fast"
     """"linear_cross_entropy", and NITP's loss: "fast" takes a chunk's gradients in the forward pass, "reference"
-    computes the chunk twice."""
+    computes the chunk twice, as NITP's always does with nitp.stop_gradient = false. "generic_cosine" has no chunks."""
 
     num_chunks: int = 8
     """"chunked_cross_entropy": parts that a sequence is split into."""

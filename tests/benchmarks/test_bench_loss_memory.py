@@ -41,12 +41,10 @@ def test_cross_entropies_take_what_they_must(counted):
     found = counted["implementations"]
     whole_logits = TOKENS * V * 2 / loss.MIB
     assert found["torchtitan_plain"]["peak_memory_mib"] > 3 * whole_logits
-    # A chunk's logits twice in bf16 and twice in fp32; the weight's gradient in fp32 and a chunk's part of it.
-    chunk, weight = 2048 * V / loss.MIB, V * D / loss.MIB
-    assert found["ours"]["peak_memory_mib"] == pytest.approx(
-        12 * chunk + 6 * weight + TOKENS * D * 2 / loss.MIB, rel=0.05
-    )
-    assert found["ours"]["kept_memory_mib"] == pytest.approx(4 * weight + TOKENS * D * 2 / loss.MIB, rel=1e-3)
+    # A chunk's logits twice in bf16 and twice in fp32, beside the weight's gradient of the chunks so far.
+    chunk, weight, hidden = 2048 * V / loss.MIB, V * D / loss.MIB, TOKENS * D * 2 / loss.MIB
+    assert found["ours"]["peak_memory_mib"] == pytest.approx(12 * chunk + 4 * weight + hidden, rel=0.01)
+    assert found["ours"]["kept_memory_mib"] == pytest.approx(4 * weight + hidden, rel=1e-3)
 
 
 def test_program(tmp_path, capsys):

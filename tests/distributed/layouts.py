@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nitp_titan.job.pipeline import V_SHAPED
-from nitp_titan.nitp_config import PROJECTOR_CHUNKS
 from tests.distributed.batches import ROWS, SEQ_LEN
 
 SHORT = {
@@ -49,12 +48,9 @@ class Layout:
 
     @property
     def chunk_tokens(self) -> int:
-        """Of the loss: so few that a rank takes the rows of its projector in two chunks."""
+        """Of the losses: so few that each is taken in two chunks."""
         sequences = 1 if "pp" in self.parallelism else self.local_batch_size
-        shards = self.parallelism.get("cp", 1) * (
-            self.parallelism.get("tp", 1) if self.parallelism.get("sp", True) else 1
-        )
-        return sequences * SEQ_LEN // shards // 2 // PROJECTOR_CHUNKS
+        return sequences * SEQ_LEN // self.parallelism.get("cp", 1) // 2
 
     @property
     def data_parallel_degree(self) -> int:
