@@ -128,7 +128,7 @@ def rank_model(config: NITPTrainer.Config, world_size: int, rank: int) -> RankMo
         try:
             try:
                 trainer = _FakeRankTrainer(dataclasses.replace(config, dump_folder=folder), world_size, rank)
-            except (ValueError, AssertionError, RuntimeError) as error:
+            except (ValueError, AssertionError, RuntimeError, OSError) as error:
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                 raise LayoutError(reason) from error
             return _described(trainer, rank)

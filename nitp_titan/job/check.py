@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import float8, layout, machine, pipeline, rules
+from nitp_titan.job import experts, float8, layout, machine, pipeline, rules
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -200,6 +200,7 @@ CHECKS = (
     check_validation_data,
     check_vocabulary,
     *layout.CHECKS,
+    *experts.CHECKS,
     *pipeline.CHECKS,
     *rules.CHECKS,
 )
@@ -242,6 +243,7 @@ MACHINE_CHECKS = (
     check_output,
     rules.check_device,
     rules.check_selective_checkpointing,
+    experts.check_exchange,
     float8.check_device,
 )
 """Checks of this machine: errors of a training run, warnings of ``nitp-titan check``."""

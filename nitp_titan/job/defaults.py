@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nitp_titan.job import machine
+from nitp_titan.job.check import loss_name
 from nitp_titan.job.draft import Draft, Unknown
-from nitp_titan.job.layout import DEGREES, Layout, expert_degree, shard_degree
+from nitp_titan.job.experts import expert_degree, shard_degree
+from nitp_titan.job.layout import DEGREES, Layout
 from nitp_titan.job.schema import all_tables
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -102,6 +104,24 @@ def _float8(draft: Draft) -> None:
         draft.notes += [f"float8.{key} is ignored: float8.recipe is none" for key in ignored]
 
 
+def _ignored(draft: Draft) -> None:
+    """Say what somebody has set and nothing reads."""
+    ours = loss_name(draft.get("loss", "name"), draft.get("nitp", "enable")) == "linear_cross_entropy"
+    unread = [("implementation", not ours), ("chunk_tokens", not ours), ("num_chunks", ours)]
+    for key, ignored in unread:
+        if ignored and draft.is_written("loss", key):
+            draft.notes.append(f"loss.{key} is ignored: {'NITP is on' if ours else 'NITP is off'}")
+    fast = draft.is_written("loss", "implementation") and draft.get("loss", "implementation") == "fast"
+    if ours and fast and not draft.get("nitp", "stop_gradient"):
+        draft.notes.append('loss.implementation is "reference" for the NITP loss: nitp.stop_gradient is off')
+    if draft.get("compile", "enable"):
+        if not draft.get("compile", "components"):
+            draft.notes.append("compile.enable is ignored: compile.components is empty")
+        tensor = draft.get("parallelism", "tensor_parallel_degree")
+        if draft.get("compile", "enable_async_tensor_parallel") and tensor == 1:
+            draft.notes.append("compile.enable_async_tensor_parallel is ignored: tensor_parallel_degree is 1")
+
+
 def _last_checkpoint(draft: Draft) -> None:
     # A model-only checkpoint, upstream's default for the last one, cannot be resumed; Hugging Face's format is one.
     draft.derive("checkpoint", "last_save_model_only", draft.get("checkpoint", "last_save_in_hf"))
@@ -150,6 +170,7 @@ RULES = (
     _cuda_graphs,
     _experts,
     _float8,
+    _ignored,
     _last_checkpoint,
     _validation_data,
     _local_batch,

@@ -113,7 +113,7 @@ def _optimizer(job: Job) -> str:
 def _layout(job: Job) -> str:
     parts = [str(job.layout), f"{job['training']['mixed_precision_param']} products"]
     parts.append(f"activation checkpointing {job['activation_checkpoint']['mode']}")
-    if job["compile"]["enable"]:
+    if job["compile"]["enable"] and job["compile"]["components"]:
         parts.append("compiled")
     if not job["training"]["disable_cuda_graphs"]:
         parts.append("CUDA graphs")

@@ -34,6 +34,10 @@ def check_float8(draft: Draft) -> Iterator[Problem]:
     config = Float8Config(**draft.table("float8"))
     if config.recipe == "none":
         return
+    if "" in config.filter_fqns:
+        yield draft.problem(
+            "float8", "filter_fqns", 'found "", which is in every name, expected parts of layers\' names'
+        )
     if config.experts and not draft.facts().num_experts:
         yield draft.problem("float8", "experts", "found true, expected false: the model has no routed experts")
     shape = shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape"))

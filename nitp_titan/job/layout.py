@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.errors import Problem
-from nitp_titan.job.models import ModelFacts
 
 DEGREES = (
     "data_parallel_replicate_degree",
@@ -21,22 +20,8 @@ DEGREES = (
 )
 
 
-NODE = 8
-"""GPUs of a node."""
-
 FLEX_BLOCK = 128
 """Tokens of a block of flex attention's mask: context parallelism spreads whole ones."""
-
-
-def expert_degree(world_size: int, num_experts: int) -> int:
-    """Return the degree of expert parallelism that is chosen for a model; 1 for a dense one."""
-    torch = machine.torch_version()
-    # gloo's all-to-all fails on newer torch (nitp-titan env).
-    if not num_experts or torch < (2, 13) or (torch >= (2, 15) and not machine.has_gpu()):
-        return 1
-    # Within a node: the all-to-all of every block with experts stays on NVLink.
-    degrees = range(1, min(world_size, NODE) + 1)
-    return max(degree for degree in degrees if world_size % degree == 0 and num_experts % degree == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,11 +112,13 @@ def check_degrees(draft: Draft) -> Iterator[Problem]:
         named = " x ".join(f"{key} {given[key]}" for key in keys)
         expected = f"the world size {world}" if shard != -1 else f"a divisor of the world size {world}"
         found = f"{named} = {product}" if len(keys) > 1 else f"{product}"
+        others = product // given.get("data_parallel_shard_degree", 1)
+        fitting = f"data_parallel_shard_degree = {world // others} would fit; " if world % others == 0 else ""
         yield draft.problem(
             "parallelism",
             keys,
             f"found {found}, expected {expected}",
-            "the world size is --ngpu of nitp-titan check, NNODES x NGPU of run_train.sh",
+            f"{fitting}the world size is --ngpu of nitp-titan check, NNODES x NGPU of run_train.sh",
         )
         return
     shard = world // product if shard == -1 else shard
@@ -212,68 +199,22 @@ def check_heads_and_experts(draft: Draft) -> Iterator[Problem]:
     model = draft.facts()
     tensor = draft.get("parallelism", "tensor_parallel_degree")
     expert = draft.get("parallelism", "expert_parallel_degree")
-    for name, heads in (("heads", model.n_heads), ("key-value heads", model.n_kv_heads)):
-        if heads and tensor > 1 and heads % tensor:
-            yield draft.problem(
-                "parallelism",
-                "tensor_parallel_degree",
-                f"found {tensor}, expected a divisor of the model's {heads} {name}",
-            )
-            break
+    heads = {"heads": model.n_heads, "key-value heads": model.n_kv_heads}
+    if tensor > 1 and any(number and number % tensor for number in heads.values()):
+        said = " and ".join(f"{number} {name}" for name, number in heads.items() if number)
+        largest = max(n for n in range(1, tensor) if not any(number and number % n for number in heads.values()))
+        yield draft.problem(
+            "parallelism",
+            "tensor_parallel_degree",
+            f"found {tensor}, expected a divisor of the model's {said}",
+            f"the largest below it is {largest}",
+        )
     if model.num_experts and expert > 1 and model.num_experts % expert:
         yield draft.problem(
             "parallelism",
             "expert_parallel_degree",
             f"found {expert}, expected a divisor of the model's {model.num_experts} experts",
         )
-
-
-def experts_divide(
-    model: ModelFacts, *, replicate: int, shard: int, context: int = 1, tensor: int = 1, expert: int = 1
-) -> bool:
-    """Whether FSDP can shard a model's experts over these ranks (``apply_fsdp_to_decoder`` in torchtitan).
-
-    Over more ranks than there are experts it cuts each one's weights, and only into equal parts.
-    """
-    if not model.num_experts or model.expert_hidden_dim is None:
-        return True
-    if expert > 1:
-        cuts, ranks, hidden = shard * context * tensor // expert, shard * context * tensor, model.expert_hidden_dim
-    else:
-        cuts, ranks, hidden = shard * context, replicate * shard * context, model.expert_hidden_dim // tensor
-    return ranks <= model.num_experts or not (hidden % cuts or model.dim % cuts)
-
-
-def shard_degree(model: ModelFacts, world_size: int, **degrees: int) -> int:
-    """Return the largest degree of sharding, the rest being replicas, over which the experts divide; 1 always does."""
-    expert = degrees.get("expert", 1)
-    return max(
-        (
-            shard
-            for shard in range(1, world_size + 1)
-            if world_size % shard == 0
-            and shard * degrees.get("context", 1) * degrees.get("tensor", 1) % expert == 0
-            and experts_divide(model, replicate=world_size // shard, shard=shard, **degrees)
-        ),
-        default=1,
-    )
-
-
-def check_expert_shards(draft: Draft) -> Iterator[Problem]:
-    """The experts divide over FSDP's ranks."""
-    model, layout = draft.facts(), Layout.of(draft)
-    degrees = {"context": layout.context, "tensor": layout.tensor, "expert": layout.expert}
-    if experts_divide(model, replicate=layout.replicate, shard=layout.shard, **degrees):
-        return
-    nearest = shard_degree(model, layout.data_parallel, **degrees)
-    yield draft.problem(
-        "parallelism",
-        ("data_parallel_shard_degree", "expert_parallel_degree"),
-        f"found {layout.shard} with expert_parallel_degree {layout.expert}, expected equal parts: on more ranks than "
-        f"the {model.num_experts} experts FSDP cuts their {model.expert_hidden_dim} x {model.dim} weights",
-        f"data_parallel_shard_degree = {nearest} with data_parallel_replicate_degree = "
-        f"{layout.data_parallel // nearest} would be nearest",
-    )
 
 
 def check_sequence(draft: Draft) -> Iterator[Problem]:
@@ -333,7 +274,6 @@ CHECKS = (
     check_support,
     check_context,
     check_heads_and_experts,
-    check_expert_shards,
     check_sequence,
     check_batch,
 )

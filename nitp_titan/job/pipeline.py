@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft
@@ -55,7 +56,12 @@ def check_pipeline(draft: Draft) -> Iterator[Problem]:
 def check_schedule(draft: Draft) -> Iterator[Problem]:
     """The schedule exists and every stage gets a layer."""
     degree = draft.get("parallelism", "pipeline_parallel_degree")
-    if degree <= 1 or draft.get("parallelism", "pipeline_parallel_schedule_csv"):
+    if degree <= 1:
+        return
+    if file := draft.get("parallelism", "pipeline_parallel_schedule_csv"):
+        if not Path(file).is_file():
+            message = f"found {quote(file)}, which is no file"
+            yield draft.problem("parallelism", "pipeline_parallel_schedule_csv", message)
         return
     schedule = _schedule(draft)
     if schedule is None:
@@ -91,8 +97,8 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(
             "parallelism",
             "pipeline_parallel_degree",
-            f"found {degree}, which makes {stages} stages with {schedule}: too many for {depth} layers, "
-            f"of which the ends take {first} + {last}",
+            f"found {degree}, which makes {stages} stages with {schedule}: too many for {depth} layers "
+            f"(and {first} + {last} for the ends)",
             f"the largest degree that fits is {most}",
         )
 
@@ -161,12 +167,16 @@ def check_micro_batches(draft: Draft) -> Iterator[Problem]:
     ):
         return
     fitting = [n for n in range(1, number + 2 * degree + 1) if _orders(schedule, n, degree)]
-    nearest = sorted(fitting, key=lambda n: abs(n - number))[:2]
+    nearest = sorted(sorted(fitting, key=lambda n: abs(n - number))[:2])
+    at_least = schedule == "1F1B"
     yield draft.problem(
         "training",
         "local_batch_size",
-        f"found {local}, which makes {number} micro-batches of {size}: {schedule} over {degree} ranks takes others",
-        f"the nearest: {' or '.join(str(n * size) for n in sorted(nearest))}",
+        f"found {local}, which makes {number} micro-batches of {size}: {schedule} over {degree} ranks takes "
+        + ("more" if at_least else "others"),
+        f"expected at least {degree * size}"
+        if at_least
+        else f"the nearest: {' or '.join(str(n * size) for n in nearest)}",
     )
 
 

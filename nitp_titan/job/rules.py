@@ -98,11 +98,18 @@ def check_lr_scheduler(draft: Draft) -> Iterator[Problem]:
         )
 
 
+BALANCERS = ("headtail", "ptrr")
+
+
 def check_parallelism(draft: Draft) -> Iterator[Problem]:
-    """Rules of ParallelismConfig."""
-    if draft.get("parallelism", "context_parallel_load_balancer") == "":
+    """Rules of ParallelismConfig, and what TorchTitan notices when it cuts the first batch."""
+    found = draft.get("parallelism", "context_parallel_load_balancer")
+    if found is not None and found not in BALANCERS:
         yield draft.problem(
-            "parallelism", "context_parallel_load_balancer", 'found "", expected "headtail", "ptrr" or "none"'
+            "parallelism",
+            "context_parallel_load_balancer",
+            f'found {quote(found)}, expected "headtail", "ptrr" or "none"',
+            did_you_mean(found, BALANCERS),
         )
 
 
@@ -113,11 +120,11 @@ def check_compile(draft: Draft) -> Iterator[Problem]:
             hint = did_you_mean(part, ("model", "loss"))
             yield draft.problem("compile", "components", f'found {quote(part)}, expected "model" or "loss"', hint)
     compiled = draft.compiles_blocks()
-    needs = 'needs compile.enable = true and "model" in compile.components'
+    needs = 'which needs compile.enable = true and "model" in compile.components'
     if draft.get("compile", "enable_async_tensor_parallel") and not compiled:
-        yield draft.problem("compile", "enable_async_tensor_parallel", needs)
+        yield draft.problem("compile", "enable_async_tensor_parallel", f"found true, {needs}")
     if draft.get("activation_checkpoint", "mode") == "memory_budget" and not compiled:
-        yield draft.problem("activation_checkpoint", "mode", f'"memory_budget" {needs}')
+        yield draft.problem("activation_checkpoint", "mode", f'found "memory_budget", {needs}')
 
 
 def check_cuda_graphs(draft: Draft) -> Iterator[Problem]:
@@ -188,21 +195,26 @@ def check_device(draft: Draft) -> Iterator[Problem]:
     """What needs a GPU; a job may be checked on a machine without one."""
     if machine.has_gpu():
         return
+    graphs, states = not draft.get("training", "disable_cuda_graphs"), draft.get("optimizer", "implementation")
     needs = [
-        ("training", "disable_cuda_graphs", not draft.get("training", "disable_cuda_graphs"), "true: CUDA graphs"),
-        ("model", "attn_backend", draft.get("model", "attn_backend") == "varlen", '"flex": varlen attention'),
+        ("training", "disable_cuda_graphs", graphs, "true: CUDA graphs need a GPU"),
+        ("model", "attn_backend", draft.get("model", "attn_backend") == "varlen", '"flex": varlen needs a GPU'),
         (
             "optimizer",
             "implementation",
-            draft.get("optimizer", "implementation") == "fused_opt_states_bf16",
-            '"foreach": bf16 optimizer states',
+            states == "fused_opt_states_bf16",
+            '"foreach": bf16 optimizer states need a GPU',
         ),
-        ("parallelism", "enable_fsdp_symm_mem", draft.get("parallelism", "enable_fsdp_symm_mem"), "false: it"),
+        (
+            "parallelism",
+            "enable_fsdp_symm_mem",
+            draft.get("parallelism", "enable_fsdp_symm_mem"),
+            "false: symmetric memory needs a GPU",
+        ),
     ]
-    for table, key, wrong, what in needs:
+    for table, key, wrong, expected in needs:
         if wrong:
-            needing = f"{what} need a GPU" if not what.endswith(("it", "attention")) else f"{what} needs a GPU"
-            yield draft.problem(table, key, f"found no GPU, expected {needing}")
+            yield draft.problem(table, key, f"found no GPU, expected {expected}")
 
 
 def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:

@@ -98,7 +98,7 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          "divisor of data_parallel_shard x context x tensor = 1"),
         (["--parallelism.spmd_backend", "spmd_types"], '--parallelism.spmd_backend: "spmd_types" needs torch >= 2.14'),
         (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
-        (["--activation_checkpoint.mode", "memory_budget"], '"memory_budget" needs compile.enable = true'),
+        (["--activation_checkpoint.mode", "memory_budget"], 'found "memory_budget", which needs compile.enable = true'),
     ],
 )  # fmt: skip
 def test_refused(tmp_path, overrides, expected):
@@ -110,13 +110,15 @@ def test_refused(tmp_path, overrides, expected):
 @pytest.mark.parametrize(
     ("overrides", "ranks", "expected"),
     [
-        (["--parallelism.tensor_parallel_degree=4"], 4, "found 4, expected a divisor of the model's 2 key-value heads"),
+        (["--parallelism.tensor_parallel_degree=4"], 4, "found 4, expected a divisor of the model's 4 heads "
+         "and 2 key-value heads; the largest below it is 2"),
         (["--parallelism.tensor_parallel_degree=2", "--training.seq_len=33"], 2, "--training.seq_len: found 33, "
          "expected a multiple of 2 (tensor 2, context 1); the nearest are 32 and 34"),
         ([*STOCK, "--parallelism.context_parallel_degree=2", "--loss.name=cross_entropy", "--training.seq_len=34"], 2,
          "--training.seq_len: found 34, expected a multiple of 4 (tensor 1, context 2)"),
         (["--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=4"], 4,
-         "found data_parallel_shard_degree 4 x tensor_parallel_degree 2 = 8, expected the world size 4"),
+         "found data_parallel_shard_degree 4 x tensor_parallel_degree 2 = 8, expected the world size 4; "
+         "data_parallel_shard_degree = 2 would fit"),
         (["--parallelism.data_parallel_shard_degree=1"], 2, "found 1, expected the world size 2"),
         (["--dataloader.num_streams=3"], 2, "--dataloader.num_streams: found 3, expected a multiple of the "
          "data-parallel degree 2"),
@@ -128,6 +130,8 @@ def test_refused(tmp_path, overrides, expected):
          "data-parallel degree 2; the nearest are 6 and 8"),
         (["--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_load_balancer=ptrr"], 2,
          'context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" with NITP'),
+        (["--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_load_balancer=head_tail"], 2,
+         'found "head_tail", expected "headtail", "ptrr" or "none"; did you mean "headtail"?'),
         (["--parallelism.context_parallel_degree=2", "--nitp.loss=generic_cosine"], 2,
          'found 2, expected 1 with nitp.loss = "generic_cosine"'),
         (["--parallelism.context_parallel_degree=2", "--model.attn_backend=varlen"], 2,
@@ -158,6 +162,18 @@ def test_expert_parallelism_on_old_torch_is_one_sentence(tmp_path, monkeypatch):
         "command line: --parallelism.expert_parallel_degree: expert parallelism needs torch >= 2.13, found torch 2.11; "
         "install a newer torch, or set expert_parallel_degree = 1"
     ]
+
+
+def test_exchange_that_gloo_lacks_is_an_error_of_training_alone(tmp_path, monkeypatch):
+    job = ["--model.flavor=debug_moe", "--parallelism.expert_parallel_degree=2"]
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 15))
+    assert problems(tmp_path, *job, ranks=2) == []
+    assert problems(tmp_path, *job, ranks=2, for_training=True) == [
+        "command line: --parallelism.expert_parallel_degree: found no GPU and torch >= 2.15, with which gloo's "
+        "all-to-all fails, expected 1; torch 2.13 and 2.14 can on a CPU"
+    ]
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert problems(tmp_path, *job, ranks=2, for_training=True) == []
 
 
 def test_chunked_loss_on_old_torch(tmp_path, monkeypatch):
@@ -236,7 +252,7 @@ def test_missing_assets_are_an_error_of_training_alone(tmp_path):
     ("arguments", "expected"),
     [
         (["--training.no-disable_cuda_graphs"], "found no GPU, expected true: CUDA graphs need a GPU"),
-        (["--model.attn_backend=varlen"], 'found no GPU, expected "flex": varlen attention needs a GPU'),
+        (["--model.attn_backend=varlen"], 'found no GPU, expected "flex": varlen needs a GPU'),
         (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
         (["--job.dump_folder="], 'found "", expected a folder\'s name'),
         (["--job.dump_folder=pyproject.toml"], 'found "pyproject.toml", which is a file'),

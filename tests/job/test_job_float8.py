@@ -44,6 +44,7 @@ def problems(*overrides: str, ranks: int = 1, for_training: bool = False) -> lis
          "--float8.experts: found true, expected false: the experts' 100 should be a multiple of 16"),
         (["--float8.recipe=rowwise", "--float8.filter_fqns=atention"], '--float8.filter_fqns: found "atention", '
          "which is in no linear layer's name; did you mean \"attention\"?"),
+        (["--float8.recipe=rowwise", '--float8.filter_fqns=[""]'], 'found "", which is in every name'),
         (["--float8.recipe=rowwise", "--float8.filter_fqns=moe.router"], 'found "moe.router", which'),
         (["--float8.recipe=rowwise", "--training.seq_len=100", "--training.local_batch_size=1"],
          "--training.seq_len: a rank has 100 tokens at a time, expected a multiple of 16 with float8"),

@@ -102,14 +102,15 @@ def test_accepted(overrides):
         (["pipeline_parallel_schedule=1F1D"], 'found "1F1D", expected one of "1F1B", "GPipe"'),
         (["pipeline_parallel_schedule=1F1D"], 'did you mean "1F1B"?'),
         (["pipeline_parallel_microbatch_size=3"], "found 3, expected a divisor of training.local_batch_size 4"),
-        (["training.local_batch_size=1"], "found 1, which makes 1 micro-batches of 1: 1F1B over 2 ranks takes others; "
-         "the nearest: 2 or 3"),
+        (["training.local_batch_size=1"], "found 1, which makes 1 micro-batches of 1: 1F1B over 2 ranks takes more; "
+         "expected at least 2"),
         (["pipeline_parallel_schedule=Interleaved1F1B", "training.local_batch_size=5"], "the nearest: 4 or 6"),
+        (["pipeline_parallel_schedule_csv=/nowhere"], 'found "/nowhere", which is no file'),
         (["pipeline_parallel_schedule=DualPipeV"], 'TorchTitan logs no loss; "ZBVZeroBubble" is nearest'),
         (["pipeline_parallel_layers_per_stage=2"], "found 2, which makes 4 stages of 6 layers (and 1 + 1 for the ends),"
          " expected 2 with 1F1B over 2 ranks; 4 would be nearest"),
         (["model.shape.n_layers=1", "pipeline_parallel_schedule=Interleaved1F1B"], "found 2, which makes 4 stages with "
-         "Interleaved1F1B: too many for 1 layers, of which the ends take 1 + 1; the largest degree that fits is 1"),
+         "Interleaved1F1B: too many for 1 layers (and 1 + 1 for the ends); the largest degree that fits is 1"),
         (["training.no-disable_cuda_graphs", "nitp.geometry_freq=0"], "CUDA graphs and pipelines do not mix"),
         (["pipeline_parallel_schedule=ZBVZeroBubble", "compile.enable"], "ZBVZeroBubble takes the gradients of inputs"),
         (["pipeline_parallel_schedule=ZBVZeroBubble", "validator.enable"], "found true, expected false with ZBV"),

@@ -300,3 +300,26 @@ def test_gpu_is_found_without_torch(monkeypatch):
     assert not found(nodes=node, CUDA_VISIBLE_DEVICES="")
     assert not found(nodes=node, CUDA_VISIBLE_DEVICES="-1")
     assert found(nodes=node, CUDA_VISIBLE_DEVICES="3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["--nitp.no-enable", "--loss.implementation=reference"], "loss.implementation is ignored: NITP is off"),
+        (["--nitp.no-enable", "--loss.chunk_tokens=64"], "loss.chunk_tokens is ignored: NITP is off"),
+        (["--loss.num_chunks=4"], "loss.num_chunks is ignored: NITP is on"),
+        (
+            ["--loss.implementation=fast", "--nitp.no-stop_gradient"],
+            'loss.implementation is "reference" for the NITP loss: nitp.stop_gradient is off',
+        ),
+        (["--compile.enable", "--compile.components=[]"], "compile.enable is ignored: compile.components is empty"),
+        (
+            ["--compile.enable", "--compile.enable_async_tensor_parallel"],
+            "compile.enable_async_tensor_parallel is ignored: tensor_parallel_degree is 1",
+        ),
+    ],
+)
+def test_what_is_set_and_not_read_is_said(job_file, overrides, note):
+    quiet = ["--nitp.geometry_freq=0"]
+    assert note in load_job(job_file(), [*quiet, *overrides], 1).notes
+    assert note not in load_job(job_file(), quiet, 1).notes
