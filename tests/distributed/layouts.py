@@ -41,6 +41,9 @@ class Layout:
     compile: str | None = None
     """Backend of torch.compile for blocks, projector and losses."""
 
+    implementation: str | None = None
+    """Of the losses, where it is not "fast"."""
+
     @property
     def local_batch_size(self) -> int:
         rows = ROWS // self.data_parallel_degree
@@ -64,12 +67,12 @@ class Layout:
     def __str__(self) -> str:
         given = {**self.parallelism, **self.nitp}
         given |= {"local": self.batch} if self.batch else {}
-        given |= {name: value for name in ("ac", "compile") if (value := getattr(self, name))}
+        given |= {name: value for name in ("ac", "compile", "implementation") if (value := getattr(self, name))}
         return "-".join([self.model, f"{self.ranks}ranks", *(f"{name}={value}" for name, value in given.items())])
 
 
 def layout(model: str, ranks: int, *, nitp: dict[str, Any] | None = None, **options: Any) -> Layout:
-    own = {name: options.pop(name) for name in ("ac", "compile") if name in options}
+    own = {name: options.pop(name) for name in ("ac", "compile", "implementation") if name in options}
     own["batch"] = options.pop("local_batch_size", None)
     return Layout(model, ranks, options, nitp or {}, **own)
 
@@ -82,7 +85,7 @@ MOE_LAST = {"target_layer": 4}
 LAYOUTS = [
     # The dense debug model: 6 blocks, target after the first.
     layout("debug", 2),
-    layout("debug", 2, local_batch_size=1, ac="full"),
+    layout("debug", 2, local_batch_size=1, ac="full", implementation="reference"),
     layout("debug", 2, replicate=2, shard=1),
     layout("debug", 4, replicate=2),
     layout("debug", 2, tp=2, local_batch_size=2),
@@ -92,6 +95,7 @@ LAYOUTS = [
     layout("debug", 2, tp=2, nitp={"projector": "none", "target_layer": 6}),
     layout("debug", 2, tp=2, nitp={"stop_gradient": False}),
     layout("debug", 2, tp=2, nitp={"shift": 0}),
+    layout("debug", 2, tp=2, implementation="reference"),
     layout("debug", 2, tp=2, nitp={"loss": "generic_cosine"}),
     layout("debug", 2, cp=2, local_batch_size=2),
     layout("debug", 2, cp=2, balancer=None),
@@ -100,6 +104,7 @@ LAYOUTS = [
     layout("debug", 4, cp=2, tp=2),
     layout("debug", 4, cp=2, tp=2, sp=False, balancer=None),
     layout("debug", 4, cp=2, nitp={"shift": 0}),
+    layout("debug", 4, cp=2, tp=2, nitp={"stop_gradient": False}),
     layout("debug", 8, cp=2, tp=2, ac="full"),
     layout("debug", 8, cp=4, tp=2, balancer=None),
     layout("debug", 2, pp=2, schedule="1F1B", local_batch_size=2),
@@ -115,6 +120,7 @@ LAYOUTS = [
     layout("debug", 4, pp=2, schedule="1F1B"),
     layout("debug", 4, pp=2, tp=2, schedule="1F1B"),
     layout("debug", 4, pp=2, cp=2, schedule="Interleaved1F1B"),
+    layout("debug", 4, pp=2, cp=2, schedule="1F1B", nitp={"stop_gradient": False}),
     layout("debug", 8, pp=2, tp=2, schedule="Interleaved1F1B", ac="selective"),
     layout("debug", 8, pp=2, cp=2, tp=2, schedule="1F1B", nitp=FIRST),
     layout("debug", 2, compile="aot_eager"),

@@ -54,6 +54,7 @@ def config_of(folder: Path, layout: Layout) -> Any:
     config.training.seq_len, config.training.global_batch_size, config.training.steps = SEQ_LEN, ROWS, STEPS
     config.training.local_batch_size = layout.local_batch_size
     config.loss.chunk_tokens = layout.chunk_tokens
+    config.loss.implementation = layout.implementation or "fast"
     for name, value in layout.parallelism.items():
         setattr(config.parallelism, SHORT[name], value)
     if layout.compile:
