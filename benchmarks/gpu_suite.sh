@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything worth knowing on one GPU in under nine minutes, most important first:
+# What is worth knowing on one GPU, most important first, as much of it as fits into nine minutes:
 #   PYTHON=python3 PYTHONPATH=/path/to/wheels benchmarks/gpu_suite.sh [FOLDER]
 # Each step writes its JSON to FOLDER (benchmarks/results/gpu) as it goes and has a time limit of its own; one that fails
 # does not stop the others. FOLDER/suite.jsonl says how each ended, FOLDER/STEP.log what it said,
