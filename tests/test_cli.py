@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
 from nitp_titan import cli
-from tests.commands import cli_main
+from nitp_titan.decoder import nitp_model_spec
+from nitp_titan.job import load_job
+from nitp_titan.job.build import model_spec
+from tests.commands import call, cli_main, debug_job
+from tests.decoders import built
+from tests.exports import check_same, loaded
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "train_configs/debug.toml"
@@ -250,3 +256,54 @@ def test_closed_pipe_is_quiet():
     process.stdout.close()
     error = process.stderr.read().decode()
     assert (process.wait(timeout=60), error) == (0, "")
+
+
+def export(capsys, *words):
+    return cli_main(capsys, "export", *map(str, words))
+
+
+@pytest.mark.parametrize("name", ["debug", "debug_moe"])
+def test_a_run_is_exported_by_the_command(name, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = debug_job(run, "--training.steps=2", "--checkpoint.interval=1")[1:]
+    if name == "debug_moe":
+        words += ("--checkpoint.last_save_in_hf",)
+    done = call(f"--job.config_file=train_configs/{name}.toml", *words)
+    assert done.returncode == 0, done.stderr
+    # A job of two ranks, and data that this machine lacks: no matter.
+    text = (run / "config.toml").read_text()
+    text = text.replace("tensor_parallel_degree = 1", "tensor_parallel_degree = 2")
+    (run / "config.toml").write_text(text.replace('dataset = "python_stdlib"', 'dataset = "text"'))
+    assert export(capsys, run, out) == (0, f"{out}\n", "")
+    code, _, problem = export(capsys, out, run)
+    assert code == 2
+    assert problem.count("\n") == 1
+
+    job = load_job(f"train_configs/{name}.toml", [], 1)
+    spec = model_spec("nitp_titan", name, "flex")
+    model = built(nitp_model_spec(spec, job.nitp))
+    weights = model.state_dict()
+    # Of the last step the mixture of experts is in Hugging Face's format already.
+    step = run / "checkpoint" / ("step-1" if name == "debug_moe" else "step-2")
+    dcp.load(weights, checkpoint_id=step, no_dist=True)
+    model.load_state_dict(weights)
+    check_same(model.eval(), loaded(out), 320)
+    if name == "debug_moe":
+        saved = run / "checkpoint" / "step-2"
+        (saved / "config.json").write_text((out / "config.json").read_text())
+        assert type(loaded(saved)).__name__ == "Ernie4_5_MoeForCausalLM"
+
+
+def test_bad_words_of_an_export_end_with_2_and_one_line_a_problem(tmp_path, capsys):
+    job = tmp_path / "job.toml"
+    job.write_text('[model]\nflavor = "debug"\n')
+    code, _, errors = export(capsys, tmp_path / "run", tmp_path / "out", "--job.config_file", job)
+    assert (code, errors) == (2, f"{tmp_path / 'run'} is not a folder\n")
+    code, _, errors = export(capsys, tmp_path, tmp_path / "out", f"--job.config_file={job}", "--nitp.wieght=1")
+    assert code == 2
+    assert 'did you mean "--nitp.weight"?' in errors
+    assert errors.count("\n") == 1
+    code, _, errors = export(capsys, tmp_path, tmp_path / "out")
+    assert code == 2
+    assert "--job.config_file: expected the job's file" in errors
+    assert export(capsys, tmp_path, tmp_path / "out", "--dtype", "int8")[0] == 2

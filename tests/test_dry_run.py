@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from benchmarks.live_bytes import LiveBytes
 from nitp_titan.costs import parts_of_shape
 from nitp_titan.dry_run import COUNTED, RankGroup, _stage, dry_run, render
 from nitp_titan.fake_ranks import ModelPart, RankModel
@@ -17,7 +18,6 @@ from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.report import run_of_job
 from tests.commands import ROOT, cli_main
 from tests.ranks import run_on_ranks
-from tests.test_memory import LiveBytes
 from tests.trainers import running
 
 EP = pytest.mark.skipif(machine.torch_version() < (2, 13), reason="expert parallelism needs torch >= 2.13")
