@@ -1,4 +1,4 @@
-"""What both programs do with the machine before they start, and how they show what they found."""
+"""What the programs that measure set up before they start, and how they show what they found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checked job to TorchTitan's configuration. The one module here that imports torch."""
+"""From a checked job to TorchTitan's configuration: from here on torch is imported, inside functions."""
 
 from __future__ import annotations
 
