@@ -28,6 +28,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from torchtitan.tools.utils import set_default_dtype
 
 from nitp_titan.chunked_sum import ChunkedSum, Implementation
+from nitp_titan.costs import has_projector
 from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.sequence_shards import SequenceShards
@@ -76,7 +77,7 @@ def _projector_config(dim: int, nitp: NITPConfig) -> FeedForward.Config | None:
     Same arithmetic and parameter names as :class:`nitp_titan.objective.Projector`. The paper does not say how it is
     initialized: normal with standard deviation 0.02, as the blocks are.
     """
-    if nitp.projector == "none" or nitp.loss == "generic_cosine":
+    if not has_projector(nitp):
         return None
     init = {"weight": partial(nn.init.normal_, std=0.02)}
     return make_ffn_config(dim=dim, hidden_dim=nitp.projector_ratio * dim, w1_param_init=init, w2w3_param_init=init)

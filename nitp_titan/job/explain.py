@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nitp_titan.costs import projector_params
 from nitp_titan.job import float8
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import quote
@@ -67,8 +68,7 @@ def _nitp(job: Job) -> str:
     target = "the embeddings" if layer == 0 else f"block {layer} of {depth}"
     which = "next token" if nitp.shift else "same position"
     projector = "no projector"
-    if nitp.projector == "swiglu" and job.model:
-        size = 3 * nitp.projector_ratio * job.model.dim**2
+    if job.model and (size := projector_params(job.model.dim, nitp)):
         projector = f"SwiGLU projector of {_short(size)} parameters (training only)"
     extras = ["" if nitp.stop_gradient else "gradient into the target", f"from step {nitp.start_step}"]
     shown = [extra for extra in extras if extra and extra != "from step 0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nitp_titan.costs import parts_of_shape
 from nitp_titan.job.schema import upstream
 from nitp_titan.models.flavors import FLAVORS, Shape
 
@@ -63,20 +64,8 @@ def facts_of_shape(shape: Shape) -> ModelFacts:
         top_k=shape.top_k,
         expert_hidden_dim=shape.expert_hidden_dim if shape.num_experts else None,
         tied=shape.tie_embeddings,
-        params=count_parameters(shape),
+        params=parts_of_shape(shape).total(),
     )
-
-
-def count_parameters(shape: Shape) -> int:
-    """Return the number of parameters of one of our models, by formula."""
-    d = shape.dim
-    embeddings = shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
-    # q and output projections, k and v projections, two norms
-    attention = 2 * d * shape.head_dim * (shape.n_heads + shape.n_kv_heads) + 2 * d
-    experts = 3 * d * shape.expert_hidden_dim * (shape.num_experts + shape.num_shared_experts)
-    moe = shape.moe_layers() * (experts + d * shape.num_experts)
-    dense = (shape.n_layers - shape.moe_layers()) * 3 * d * shape.hidden_dim
-    return embeddings + shape.n_layers * attention + moe + dense + d
 
 
 def facts_of(config: Any) -> ModelFacts | None:

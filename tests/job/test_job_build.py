@@ -133,7 +133,7 @@ def test_attention_backend_reaches_the_model():
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_facts_of_our_flavors_are_the_models(flavor):
-    # The formula of models.count_parameters against a count on the meta device.
+    # The formula of costs.parts_of_shape against a count on the meta device.
     config = build(f"--model.flavor={flavor}")
     assert facts_of(config.model_spec.model) == load_job(None, [f"--model.flavor={flavor}"], 1).model
 

@@ -60,7 +60,7 @@ def test_facts_and_model_have_the_shape(flavor):
     model = config.model_spec.model
     assert (len(model.layers), model.dim, model.vocab_size, model.enable_weight_tying) == (3, 64, 512, True)
     assert model.first_attention.rope.theta == 5e5
-    # The formula of models.count_parameters against a count on the meta device.
+    # The formula of costs.parts_of_shape against a count on the meta device.
     assert facts_of(model) == job.model
     assert f"nitp_titan {flavor} with dim = 64, n_layers = 3, head_dim = 16, vocab_size = 512" in explain(job)
 

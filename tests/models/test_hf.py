@@ -9,7 +9,7 @@ import torch
 from torchtitan.models.common import CosSinRoPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nitp_titan.job.models import count_parameters
+from nitp_titan.costs import parts_of_shape
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.hf import architecture_of, hf_config, obstacles
 from nitp_titan.models.registry import model_registry
@@ -34,7 +34,7 @@ def test_every_flavor_has_the_parameters_in_transformers_that_it_has_here(flavor
     model = transformers_model(config)
     assert type(model).__name__ == hf_config(config)["architectures"][0]
     counted = sum(p.numel() for name, p in model.named_parameters() if "moe_statics" not in name)
-    assert counted == count_parameters(FLAVORS[flavor].shape)
+    assert counted == parts_of_shape(FLAVORS[flavor].shape).total()
     assert model.config.pad_token_id is not None or model.get_input_embeddings().padding_idx is None
 
 
