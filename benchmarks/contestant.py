@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.trainer import Trainer
 
-TOTAL = "loss_metrics/global_avg_loss"
+from nitp_titan.metrics import TOTAL
 
 
 class _Kept(BaseLogger):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.variants import NEVER, Variant
-from nitp_titan.costs import Parts, flops, mtp_flops, nitp_flops, parts_of_shape
+from nitp_titan.costs import flops, mtp_flops, nitp_flops
 from nitp_titan.job import Job, load_job
 from nitp_titan.job.check import loss_name
+from nitp_titan.report import parts_of_job
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
@@ -87,7 +88,7 @@ class Entry:
 
         Recomputation does not count. NITP's and MTP's own products do, so that their MFU is that of their own work.
         """
-        parts, context = self._parts(), self.job["training"]["seq_len"]
+        parts, context = parts_of_job(self.job), self.job["training"]["seq_len"]
         total = flops(parts, context)["with_attention"]
         assert total is not None
         if self.variant.trainer == "mtp":
@@ -96,15 +97,6 @@ class Entry:
             return total + more
         nitp = self.job.nitp
         return total + (nitp_flops(parts.dim, nitp) if nitp.start_step < NEVER else 0)
-
-    def _parts(self) -> Parts:
-        if self.job.shape is not None:
-            return parts_of_shape(self.job.shape)
-        from nitp_titan.job.build import model_spec
-        from nitp_titan.report import parts_of_config
-
-        model = self.job["model"]
-        return parts_of_config(model_spec(model["module"], model["flavor"], model["attn_backend"]).model)
 
 
 def load_entry(

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-GIB, MIB = 2**30, 2**20
-
 
 class Usage(NamedTuple):
     """Bytes above what was in use before some work began."""
