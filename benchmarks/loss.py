@@ -185,6 +185,11 @@ def summarize_case(
     return result
 
 
+def size_of(case: Mapping[str, Any]) -> str:
+    """Return a case's tokens x vocabulary x width."""
+    return " x ".join(f"{case[name]:,}" for name in ("tokens", "vocabulary", "width"))
+
+
 def table(result: Mapping[str, Any]) -> Table:
     """Return what people look at of a result."""
     from rich.table import Table
@@ -195,7 +200,7 @@ def table(result: Mapping[str, Any]) -> Table:
     for name in ("ms (min .. max)", f"over {BASELINE}", "peak MiB", "kept MiB"):
         shown.add_column(name, justify="right", no_wrap=True)
     for case in result["cases"]:
-        size = f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']:,}"
+        size = size_of(case)
         for name, values in case["implementations"].items():
             ms, [ratio] = values["ms"], values["time_over"].values()
             times = f"{ms['median']:.2f} ({ms['min']:.2f} .. {ms['max']:.2f})"

@@ -71,7 +71,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return (size, implementation, peak, kept) of everything counted."""
     return [
         (
-            f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']:,}",
+            loss.size_of(case),
             name,
             f"{values['peak_memory_mib']:,.0f}",
             f"{values['kept_memory_mib']:,.0f}",

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Result, Results, at
+from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Results, at
+from benchmarks.loss import size_of
 from benchmarks.loss_memory import rows as memory_rows
 from benchmarks.results import RESULTS, ROOT
 from benchmarks.roofline import MFUS, Roofline, cross_entropy_operations, loss_operations, roofline, rows, seconds_of
+from benchmarks.summary import overheads
 from nitp_titan.models.flavors import CONTEXT, FLAVORS
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -43,10 +45,11 @@ def throughput(results: Results) -> list[str]:
         ]
         for name, values in result["variants"].items():
             step, mfu = values["step_ms"], values["mfu_percent"]
+            time, by_round, _ = overheads(result, name)
             lines.append(
                 f"| {name} | {values['tokens_per_second']:,.0f} | {'n/a' if mfu is None else f'{mfu:.1f} %'} | "
                 f"{step['median']:.1f} ({step['min']:.1f} .. {step['max']:.1f}) | {values['peak_memory_gib']:.2f} | "
-                f"{_percent(result, 'overhead_percent', name)} | {_spread(result, name)} |"
+                f"{time} | {by_round} |"
             )
         notes = [f"{name}: {note}" for name, values in result["variants"].items() for note in values["notes"]]
         notes += at(result, "extrapolation", "arithmetic") or []
@@ -59,14 +62,13 @@ def cpu_ratios(results: Results) -> list[str]:
     lines = ["| job, on a CPU | variant | time over ntp, by round | peak memory over ntp |", "|---|---|---|---|"]
     for result in results.throughput:
         for name in result["overhead_percent"]:
-            memory = _percent(result, "peak_memory_overhead_percent", name)
-            lines.append(f"| `{result['config']}` | {name} | {_spread(result, name)} | {memory} |")
+            _, by_round, memory = overheads(result, name)
+            lines.append(f"| `{result['config']}` | {name} | {by_round} | {memory} |")
     lines += ["", "| loss, on a CPU | implementation | time in ours | peak MiB |", "|---|---|---|---|"]
     for case in (case for result in results.loss for case in result["cases"]):
-        size = f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']}"
         for name, values in case["implementations"].items():
             [ratio] = values["time_over"].values()
-            lines.append(f"| {size} | {name} | {ratio:.2f} | {values['peak_memory_mib']:.1f} |")
+            lines.append(f"| {size_of(case)} | {name} | {ratio:.2f} | {values['peak_memory_mib']:.1f} |")
     return lines
 
 
@@ -81,7 +83,7 @@ def losses(results: Results) -> list[str]:
             "|---|---|---|---|---|---|",
         ]
         for case in result["cases"]:
-            size = f"{case['tokens']:,} x {case['vocabulary']:,} x {case['width']:,}"
+            size = size_of(case)
             for name, values in case["implementations"].items():
                 ms, [ratio] = values["ms"], values["time_over"].values()
                 lines.append(
@@ -151,16 +153,6 @@ def _gap(results: Results, config: str, whole: bool, line: Roofline) -> str:
         return f"{limit:.2f} | {UNMEASURED} | {UNMEASURED}"
     found = step["nitp"] - step["ntp"]
     return f"{limit:.2f} | {found:.2f} | {found - limit:+.2f}"
-
-
-def _percent(result: Result, key: str, name: str) -> str:
-    value = result[key].get(name)
-    return "" if value is None else f"{value:+.2f} %"
-
-
-def _spread(result: Result, name: str) -> str:
-    values = result["overhead_percent_by_round"].get(name)
-    return "" if values is None else f"{values['median']:+.2f} % ({values['min']:+.1f} .. {values['max']:+.1f})"
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:

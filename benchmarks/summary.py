@@ -11,11 +11,10 @@ from benchmarks.depth import Slice, extrapolate
 from benchmarks.jobs import Entry
 from benchmarks.measure import Spread, overhead_by_round, overhead_of_medians, overhead_percent
 from benchmarks.variants import BASELINE
+from nitp_titan.memory import GIB
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +124,19 @@ def _extrapolation(entries: Sequence[Entry], seconds: Mapping[str, float], full_
         return {"failed": str(error)}
 
 
+def overheads(result: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """Return what a variant takes over the baseline: time, time by round, peak memory; each "" for the baseline."""
+    time, by_round, memory = (
+        result[key].get(name)
+        for key in ("overhead_percent", "overhead_percent_by_round", "peak_memory_overhead_percent")
+    )
+    return (
+        "" if time is None else f"{time:+.2f} %",
+        "" if by_round is None else "{median:+.2f} % ({min:+.1f} .. {max:+.1f})".format(**by_round),
+        "" if memory is None else f"{memory:+.2f} %",
+    )
+
+
 def table(result: Mapping[str, Any]) -> Table:
     """Return what people look at of a result."""
     from rich.table import Table
@@ -139,16 +151,14 @@ def table(result: Mapping[str, Any]) -> Table:
     for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
     for name, values in result["variants"].items():
-        mfu, by_round = values["mfu_percent"], result["overhead_percent_by_round"].get(name, {})
+        mfu = values["mfu_percent"]
         shown.add_row(
             name,
             "{median:.1f} ({min:.1f} .. {max:.1f})".format(**values["step_ms"]),
             f"{values['tokens_per_second']:,.0f}",
             "n/a" if mfu is None else f"{mfu:.1f} %",
             f"{values['peak_memory_gib']:.3f}",
-            _percent(result["overhead_percent"].get(name)),
-            "{median:+.2f} % ({min:+.1f} .. {max:+.1f})".format(**by_round) if by_round else "",
-            _percent(result["peak_memory_overhead_percent"].get(name)),
+            *overheads(result, name),
         )
         caption += [f"{name}: {note}" for note in values["notes"]]
     caption += [f"{name} failed: {why}" for name, why in result.get("failed", {}).items()]
@@ -157,7 +167,3 @@ def table(result: Mapping[str, Any]) -> Table:
     shown.caption = "\n".join(caption)
     shown.caption_justify = "left"
     return shown
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f} %"

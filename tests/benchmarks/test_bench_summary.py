@@ -7,9 +7,10 @@ import io
 import pytest
 
 from benchmarks.jobs import Entry, load_entry
-from benchmarks.summary import GIB, Figures, summarize, table
+from benchmarks.summary import Figures, summarize, table
 from benchmarks.variants import VARIANTS
 from nitp_titan.costs import flops, mtp_flops, parts_of_shape
+from nitp_titan.memory import GIB
 from nitp_titan.models.flavors import FLAVORS
 
 ABOUT = {"device": "a GPU", "device_type": "cuda", "torch": "2", "config": "x.toml", "ranks": 2, "peak_flops": 1e12}
