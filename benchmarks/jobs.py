@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.variants import NEVER, Variant
+from nitp_titan.configs import retyped
 from nitp_titan.costs import flops, mtp_flops, nitp_flops
 from nitp_titan.job import Job, load_job
 from nitp_titan.job.check import loss_name
@@ -148,6 +149,5 @@ def trainer_config(entry: Entry, data: Data) -> Trainer.Config:
     if entry.variant.trainer == "mtp":
         from benchmarks.mtp import MTPTrainer
 
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return MTPTrainer.Config(**values, chunk_tokens=entry.job["loss"]["chunk_tokens"])
+        return retyped(config, MTPTrainer.Config, chunk_tokens=entry.job["loss"]["chunk_tokens"])
     return config

@@ -20,7 +20,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPTransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.configs import retyped
 from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.objective import next_token_mask, shift_left
 from nitp_titan.trainer import NITPTrainer
@@ -103,12 +104,6 @@ def _two_sums_class(base: type[Linear]) -> Any:
     return TwoSums
 
 
-def _retyped(config: Any, make_class: Callable[[Any], Any], **changes: Any) -> Any:
-    """The configuration of the class that ``make_class`` derives from a configuration's own."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return make_class(type(config)._owner).Config(**{**values, **changes})
-
-
 def _head_block(model: Decoder.Config) -> MTPTransformerBlock.Config:
     """One more block like the model's last, with the projection before it and the norms around."""
     last = copy.deepcopy(model.layers[-1])
@@ -146,11 +141,12 @@ def mtp_model_spec(spec: ModelSpec, *, chunk_tokens: int) -> ModelSpec:
     if not isinstance(stock, Decoder.Config) or owner is None or getattr(stock, "mtp_layers", None):
         raise ValueError(f"the MTP variant needs a plain decoder, found {spec.name} {spec.flavor}")
     stock = copy.deepcopy(stock)
-    twin = _retyped(
+    head = loss_head_config(stock.lm_head, ChunkedSum(chunk_tokens))
+    twin = retyped(
         stock,
-        _decoder_class,
+        _decoder_class(owner).Config,
         layers=[*stock.layers, _head_block(stock)],
-        lm_head=_retyped(loss_head_config(stock.lm_head, ChunkedSum(chunk_tokens)), _two_sums_class),
+        lm_head=retyped(head, _two_sums_class(type(head)._owner).Config),
     )
     parallelize = partial(_parallelize, stock=spec.parallelize_fn)
     return dataclasses.replace(

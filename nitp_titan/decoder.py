@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from torchtitan.tools.utils import set_default_dtype
 
 from nitp_titan.chunked_sum import ChunkedSum, Implementation
+from nitp_titan.configs import retyped
 from nitp_titan.costs import has_projector
 from nitp_titan.linear_cross_entropy import loss_head_config
 from nitp_titan.nitp_config import NITPConfig
@@ -165,11 +166,12 @@ def nitp_model_spec(
         raise ValueError(f"NITP does not work with multi-token-prediction heads, which {spec.name} {spec.flavor} has")
 
     # A copy, since TorchTitan writes a run's sequence length and sharding into the configuration that it builds.
-    values = {f.name: copy.deepcopy(getattr(stock, f.name)) for f in fields(stock)}
+    stock = copy.deepcopy(stock)
     chunked_sum = ChunkedSum(chunk_tokens, implementation)
-    values["lm_head"] = loss_head_config(values["lm_head"], chunked_sum)
-    twin = _twin_class(owner).Config(
-        **values,
+    twin = retyped(
+        stock,
+        _twin_class(owner).Config,
+        lm_head=loss_head_config(stock.lm_head, chunked_sum),
         nitp=nitp,
         chunked_sum=chunked_sum,
         target_layer=nitp.target_layer_of(len(stock.layers)),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.common.linear import Linear
 
 from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.configs import retyped
 
 
 class LossHead:
@@ -70,7 +71,6 @@ def loss_head_config(lm_head: Linear.Config, chunked_sum: ChunkedSum) -> Linear.
         lm_head: the unembedding of any TorchTitan decoder.
         chunked_sum: how many tokens' logits exist at a time, and whether they are computed once or twice.
     """
-    values = {f.name: getattr(lm_head, f.name) for f in fields(lm_head)}
     owner = type(lm_head)._owner
     assert owner is not None
-    return _loss_head_class(owner).Config(**values, chunked_sum=chunked_sum)
+    return retyped(lm_head, _loss_head_class(owner).Config, chunked_sum=chunked_sum)

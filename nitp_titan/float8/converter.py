@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
+from nitp_titan.configs import retyped
 from nitp_titan.decoder import PROJECTOR_PREFIX
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.plan import (
@@ -102,8 +103,7 @@ class Float8Converter(QuantizationConverter):
         recipe = _torchao_recipe(float8)
         for name, linear, parent, attribute in model_config.traverse(Linear.Config):
             if name in converted:
-                values = {f.name: getattr(linear, f.name) for f in fields(linear)}
-                _put(parent, attribute, Float8Linear.Config(**values, _torchao_config=recipe))
+                _put(parent, attribute, retyped(linear, Float8Linear.Config, _torchao_config=recipe))
         if float8.experts:
             # Imported here: a prototype of torchao's, with Triton kernels.
             from nitp_titan.float8.experts import float8_experts_config

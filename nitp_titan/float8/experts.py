@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torchao.prototype.moe_training.utils import _quantize_then_scaled_grouped_m
 from torchtitan.components.quantization import float8 as upstream
 from torchtitan.models.common.moe import GroupedExperts
 
+from nitp_titan.configs import retyped
 from nitp_titan.models.experts import grouped_mm, grouped_mm_weight_grad
 
 
@@ -25,8 +26,7 @@ def float8_experts_config(experts: GroupedExperts.Config, *, emulate: bool) -> G
     TorchTitan's own converter wraps the parameters in a tensor class of torchao's, which then stands in checkpoints
     and does not see the products of experts in their parameters' dtype. Here the product itself is overridden.
     """
-    values = {f.name: getattr(experts, f.name) for f in fields(experts)}
-    return _float8_experts_class(type(experts)._owner, emulate).Config(**values)
+    return retyped(experts, _float8_experts_class(type(experts)._owner, emulate).Config)
 
 
 @functools.cache

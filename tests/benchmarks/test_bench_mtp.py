@@ -13,6 +13,7 @@ from torchtitan.models.common.decoder import create_attention_mask
 from torchtitan.models.deepseek_v3 import mtp as upstream
 
 from benchmarks.mtp import MTPLoss, MTPTrainer, labels_after_next, mtp_model_spec
+from nitp_titan.configs import retyped
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
 from tests.decoders import OWN, PackedBatch, backbone, built, packed_batch
@@ -127,8 +128,7 @@ def test_tied_embeddings_stay_tied():
 
 def config_of(folder: Path, corpus: Path, **changes) -> MTPTrainer.Config:
     config = trainer_config(folder, corpus, nitp=NITPConfig(enable=False, geometry_freq=0), **changes)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return MTPTrainer.Config(**values, chunk_tokens=50)
+    return retyped(config, MTPTrainer.Config, chunk_tokens=50)
 
 
 @pytest.mark.parametrize("flavor", [flavor for _, flavor in OWN])
