@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from nitp_titan import __version__
+from nitp_titan.explain import explain, explain_keys
 from nitp_titan.job import Job, JobError, load_job
 from nitp_titan.job.errors import did_you_mean
-from nitp_titan.job.explain import explain, explain_keys
 from nitp_titan.job.layout import DEGREES
 from nitp_titan.job.read import split_command_line
 from nitp_titan.job.schema import all_tables

@@ -11,7 +11,6 @@ one of ``models`` by which these two count a model.
     defaults   ours, and those that depend on other keys          models, machine   what the checks know
     check, layout, pipeline, shape, float8, rules                 what values must agree on
     build      Job -> NITPTrainer.Config                          write     Job -> the resolved TOML
-    explain    Job -> the lines of `nitp-titan check`
 """
 
 from nitp_titan.job.errors import JobError, Problem

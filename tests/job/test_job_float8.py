@@ -7,12 +7,12 @@ import logging
 import pytest
 
 from nitp_titan.decoder import nitp_model_spec
+from nitp_titan.explain import explain
 from nitp_titan.float8.config import AUTO_FILTER
 from nitp_titan.float8.converter import with_float8
 from nitp_titan.job import JobError, load_job, machine
 from nitp_titan.job import float8 as job_float8
 from nitp_titan.job.build import build_trainer_config
-from nitp_titan.job.explain import explain
 
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
 MOE = ["--model.flavor=debug_moe"]

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
+from nitp_titan.explain import explain
 from nitp_titan.job import JobError, load_job, machine
 from nitp_titan.job.build import build_trainer_config
-from nitp_titan.job.explain import explain
 from nitp_titan.job.models import facts_of
 from nitp_titan.job.write import resolved_toml
 from nitp_titan.models.flavors import FLAVORS, Shape
