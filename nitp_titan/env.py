@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nitp_titan
+from nitp_titan.versions import release
 
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "spmd_types", "transformers", "nitp_titan")
 TORCH_RANGE = ((2, 11), (2, 16))
@@ -174,12 +175,12 @@ def version_warnings(versions: Mapping[str, str | None]) -> list[str]:
     wanted = f">={_dotted(first)},<{_dotted(last)}"
     if torch is None:
         found.append(f"torch is not installed; nitp_titan needs torch{wanted}")
-    elif not first <= _release(torch) < last:
+    elif not first <= release(torch) < last:
         found.append(f"torch {torch} is outside {wanted}, the range that nitp_titan is made for")
     torchtitan = versions.get("torchtitan")
     if torchtitan is None:
         found.append(f"torchtitan is not installed; nitp_titan needs torchtitan=={_dotted(TORCHTITAN)}.*")
-    elif _release(torchtitan) != TORCHTITAN:
+    elif release(torchtitan) != TORCHTITAN:
         found.append(f"torchtitan {torchtitan} is not {_dotted(TORCHTITAN)}.*, the release that nitp_titan extends")
     return found
 
@@ -324,7 +325,7 @@ def render_report(
         sections.append(("Device", [*lines, *device.details]))
         torch = versions.get("torch")
         if torch is not None:
-            rows = what_works(_release(torch), device)
+            rows = what_works(release(torch), device)
             verdicts = [(row.name, f"{'yes' if row.works else 'no ':<3}  {row.reason}") for row in rows]
             sections.append(("What works here", verdicts))
     text = []
@@ -346,12 +347,6 @@ def _wrap(line: str, width: int | None, hang: str) -> str:
     # Only the text after the label's column is wrapped, so that the alignment stays.
     rest = textwrap.wrap(line[len(hang) :], width - len(hang), break_on_hyphens=False) or [""]
     return line[: len(hang)] + ("\n" + hang).join(rest)
-
-
-def _release(version: str) -> Version:
-    """(major, minor) of a version such as "2.13.0+cpu" or "2.15.0.dev20260801"."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def _dotted(version: Version | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import re
 from pathlib import Path
+
+from nitp_titan.versions import release
 
 # Present exactly where a driver lets this process reach a GPU: NVIDIA, NVIDIA under WSL, AMD.
 _GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
@@ -15,9 +16,9 @@ _GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
 @functools.cache
 def torch_version() -> tuple[int, int]:
     """Return (major, minor) of the installed torch."""
-    match = re.match(r"(\d+)\.(\d+)", _torch_version_text())
-    assert match, f"torch's version is not a version: {_torch_version_text()}"
-    return int(match[1]), int(match[2])
+    found = release(_torch_version_text())
+    assert found > (0, 0), f"torch's version is not a version: {_torch_version_text()}"
+    return found
 
 
 def has_gpu() -> bool:

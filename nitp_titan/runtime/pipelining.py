@@ -10,6 +10,7 @@ import torch
 from torch.distributed.pipelining import schedules
 
 from nitp_titan.runtime.shim import Shim
+from nitp_titan.versions import release
 
 
 def _takes_micro_batches(step: Callable) -> Callable:
@@ -50,16 +51,12 @@ def _patch_steps() -> None:
         schedule.step = _takes_micro_batches(schedule.step)
 
 
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-
-
 SHIMS = [
     Shim(
         target="torch.distributed.pipelining.schedules.PipelineScheduleSingle.step, PipelineScheduleMulti.step",
         reason="torchtitan gives lists of micro-batches (arg_mbs, kwarg_mbs, target_mbs), which step does not take",
         until="torch 2.14",
-        applies=lambda: (2, 13) <= _version() < (2, 14),
+        applies=lambda: (2, 13) <= release(torch.__version__) < (2, 14),
         apply=_patch_steps,
     ),
 ]
