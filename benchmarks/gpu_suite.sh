@@ -71,10 +71,11 @@ step throughput-0.5b-float8 110 benchmarks.throughput --config $small --variants
     --variant nitp_float8:float8.recipe=tensorwise --variant nitp_float8_rowwise:float8.recipe=rowwise \
     --steps 4 --repeats 5 --out "$out/throughput-0.5b-float8.json" $four
 
-# 6. What is on or off by measurement: CUDA graphs, recomputation.
-step throughput-0.5b-graphs 100 benchmarks.throughput --config $small --variants ntp,nitp \
+# 6. What is on or off by measurement: CUDA graphs, the fused optimizer, recomputation.
+step throughput-0.5b-graphs 110 benchmarks.throughput --config $small --variants ntp,nitp \
     --variant ntp_graphs:like=ntp,training.disable_cuda_graphs=false \
     --variant nitp_graphs:training.disable_cuda_graphs=false \
+    --variant nitp_foreach:optimizer.implementation=foreach \
     --steps 4 --repeats 3 --out "$out/throughput-0.5b-graphs.json" $four
 step throughput-0.5b-no-recomputation 70 benchmarks.throughput --config $small --variants ntp,nitp \
     --steps 4 --repeats 3 --out "$out/throughput-0.5b-no-recomputation.json" $four --activation_checkpoint.mode=none

@@ -64,6 +64,9 @@ def cpu_ratios(results: Results) -> list[str]:
         for name in result["overhead_percent"]:
             _, by_round, memory = overheads(result, name)
             lines.append(f"| `{result['config']}` | {name} | {by_round} | {memory} |")
+    found = [*results.throughput, *results.loss]
+    commits = sorted({result["commit"][:9] for result in found})
+    lines += ["", f"{found[0]['device']}, torch {found[0]['torch']}, commit {', '.join(commits)}."] if found else []
     lines += ["", "| loss, on a CPU | implementation | time in ours | peak MiB |", "|---|---|---|---|"]
     for case in (case for result in results.loss for case in result["cases"]):
         for name, values in case["implementations"].items():

@@ -51,6 +51,8 @@ def test_bars_have_their_steps():
     assert "ntp,nitp,stock,mtp,ntp_joint" in STEPS["throughput-0.5b"]
     assert "4,2" in STEPS["throughput-9b-a1b"]
     assert "nitp_float8:float8.recipe=tensorwise" in STEPS["throughput-0.5b-float8"]
+    graphs = STEPS["throughput-0.5b-graphs"]
+    assert {"ntp_graphs", "nitp_graphs", "nitp_foreach"} == {word.partition(":")[0] for word in graphs if ":" in word}
     assert "8192" in STEPS["loss"][STEPS["loss"].index("--tokens") + 1].split(",")
 
 
