@@ -6,10 +6,10 @@ import gc
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.trainer import Trainer
 
+from nitp_titan.dtensors import local
 from nitp_titan.metrics import TOTAL
 
 
@@ -73,9 +73,8 @@ class Contestant:
         tensors = [t for part in self.trainer.model_parts for t in (*part.parameters(), *part.buffers())]
         for optimizer in self.trainer.optimizers.optimizers:
             tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}
-        return sum(storages.values())
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def close(self) -> None:
         """End the trainer."""

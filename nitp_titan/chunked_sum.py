@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils.checkpoint import checkpoint
 
+from nitp_titan.dtensors import local
+
 ChunkLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 """(rows of h, which they are) -> their loss, 0-d. It sees to everything else that belongs to these rows."""
 
@@ -102,7 +104,7 @@ class _EagerSum(torch.autograd.Function):
         ctx: Any, chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int, *parameters: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=h_STD.device)
-        h_grad_STD = torch.empty_like(_local(h_STD))
+        h_grad_STD = torch.empty_like(local(h_STD))
         grads: list[torch.Tensor] = []
         ctx.layouts = []
         pieces = chunks(h_STD.shape[1], chunk_tokens)
@@ -115,7 +117,7 @@ class _EagerSum(torch.autograd.Function):
             layouts = [_Layout.of(grad, like) for grad, like in zip(found, (h_STD, *parameters), strict=True)]
             assert ctx.layouts in ([], layouts), "a chunk's gradients lie elsewhere than the last one's"
             ctx.layouts = layouts
-            h_part, *parts = map(_local, found)
+            h_part, *parts = map(local, found)
             h_grad_STD[:, chunk] = h_part
             if len(pieces) == 1:
                 grads = parts
@@ -158,16 +160,12 @@ class _Layout:
             return cls(like.dtype, like.shape, like.stride())
         return cls(like.dtype, like.shape, like.stride(), grad.device_mesh, tuple(grad.placements))
 
-    def place(self, local: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def place(self, part: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Return the gradient, times a factor."""
         # Cast as it is written, without a copy in fp32.
-        scaled = torch.mul(local, factor, out=torch.empty_like(local, dtype=self.dtype))
+        scaled = torch.mul(part, factor, out=torch.empty_like(part, dtype=self.dtype))
         if self.mesh is None:
             return scaled
         return DTensor.from_local(
             scaled, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -30,6 +30,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import init_fake_mode
 
+from nitp_titan.dtensors import local
 from nitp_titan.trainer import NITPTrainer
 
 
@@ -209,7 +210,7 @@ def _described(trainer: _FakeRankTrainer, rank: int) -> RankModel:
             for module in modules
             for name, parameter in module.named_parameters()
         ),
-        buffer_bytes=sum(_local(buffer).nbytes for buffer in buffers),
+        buffer_bytes=sum(local(buffer).nbytes for buffer in buffers),
         micro_batches=trainer.num_pipeline_parallel_microbatches,
     )
 
@@ -243,14 +244,10 @@ def _parameter(name: str, parameter: torch.Tensor, rank: int, *, gradients: int)
     splits.sort(key=lambda split: split.pads)
     shape = tuple(parameter.shape)
     sharded = ShardedParameter(canonical_fqn(name), shape, parameter.itemsize, tuple(splits), gradients)
-    local = _local(parameter)
-    assert sharded.held(rank) == local.numel(), f"{name}: {sharded} on rank {rank}, found {tuple(local.shape)}"
-    assert sharded.allocated(rank) * local.itemsize == local.untyped_storage().nbytes(), f"{name}: {sharded}"
+    part = local(parameter)
+    assert sharded.held(rank) == part.numel(), f"{name}: {sharded} on rank {rank}, found {tuple(part.shape)}"
+    assert sharded.allocated(rank) * part.itemsize == part.untyped_storage().nbytes(), f"{name}: {sharded}"
     return sharded
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _in_flight(schedule: Any, place: int, modules: list[Any]) -> list[int]:

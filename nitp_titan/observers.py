@@ -14,6 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils as tools
 
+from nitp_titan.dtensors import local
 from nitp_titan.geometry import GeometryStatistics
 from nitp_titan.metrics import EFFECTIVE_RANK, MAX_LOAD, MEAN_COSINE
 
@@ -106,7 +107,7 @@ class ExpertLoad:
 
     def _counts(self) -> torch.Tensor:
         counts = [moe.tokens_per_expert_E for moe in self._counters]
-        return torch.stack([c.to_local() if isinstance(c, DTensor) else c for c in counts]).clone()
+        return torch.stack([local(count) for count in counts]).clone()
 
     def take(self) -> dict[str, float]:
         """Return the step's figure, over all ranks; {} for a model without routed experts."""

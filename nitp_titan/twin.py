@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from nitp_titan.chunked_sum import ChunkedSum
+from nitp_titan.dtensors import local_as
 from nitp_titan.objective import nitp_loss
 from nitp_titan.pairs import counted
 from nitp_titan.sequence_shards import SequenceShards
@@ -157,11 +157,11 @@ class NITPDecoder:
         """
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
         if nitp.loss == "generic_cosine":
-            return self._nitp_loss(_local(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
+            return self._nitp_loss(local_as(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
         # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
         shards = self.sequence.tensor
         placement = Shard(1) if shards > 1 else Replicate()
-        target_BLD = _local(self._cut(target_BLD), placement)
+        target_BLD = local_as(self._cut(target_BLD), placement)
         mask_BL = mask_BL.chunk(shards, dim=1)[self.sequence.rank % shards]
         if nitp.shift == 1:
             mask_BL = self.sequence.followed(mask_BL)
@@ -174,7 +174,7 @@ class NITPDecoder:
         def chunk_loss(h_SCD: torch.Tensor, chunk: slice) -> torch.Tensor:
             h_1RD = h_SCD.flatten(0, 1).unsqueeze(0)
             prediction_1RD = self.projector(h_1RD) if self.projector is not None else h_1RD
-            prediction_CD = _local(prediction_1RD, placement).squeeze(0)
+            prediction_CD = local_as(prediction_1RD, placement).squeeze(0)
             options = {"kind": nitp.loss, "stop_gradient": nitp.stop_gradient}
             return self._nitp_loss(prediction_CD, target_of(chunk), mask_T[chunk], **options)
 
@@ -193,11 +193,3 @@ class NITPDecoder:
         # The fast way has gradients of hidden states and weights, not of targets.
         implementation = "reference" if target_BLD.requires_grad else config.chunked_sum.implementation
         return ChunkedSum(max(config.projector_tokens // self.sequence.tensor, 1), implementation)
-
-
-def _local(x: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """This rank's plain tensor of what tensor parallelism may have spread, in the given placement."""
-    if not isinstance(x, DTensor):
-        return x
-    placements = [placement] * x.device_mesh.ndim
-    return x.redistribute(placements=placements).to_local(grad_placements=placements)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from benchmarks.live_bytes import LiveBytes
 from nitp_titan.costs import parts_of_shape
 from nitp_titan.dry_run import COUNTED, RankGroup, _stage, dry_run, render
+from nitp_titan.dtensors import local
 from nitp_titan.fake_ranks import ModelPart, RankModel
 from nitp_titan.job import JobError, load_job, machine
 from nitp_titan.memory import GIB, memory
@@ -158,8 +158,8 @@ def live_bytes(names: list[str], folder: str, corpus: str) -> list[dict[str, int
 
 def live_bytes_of(config: Any) -> dict[str, int]:
     def storages(tensors: Any) -> int:
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-        by_address = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}
+        held = [local(tensor).untyped_storage() for tensor in tensors]
+        by_address = {storage.data_ptr(): storage.nbytes() for storage in held}
         return sum(by_address.values())
 
     with running(config) as trainer:
@@ -276,7 +276,7 @@ def peak_of_a_step(words: list[str]) -> int:
         states = [state for optimizer in trainer.optimizers.optimizers for state in optimizer.state.values()]
         known = [tensor for part in trainer.model_parts for tensor in (*part.parameters(), *part.buffers())]
         known += [tensor for state in states for tensor in state.values()]
-        tracker = LiveBytes([tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in known])
+        tracker = LiveBytes([local(tensor) for tensor in known])
         trainer.step = 2
         with tracker:
             trainer.train_step(batches)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import GroupedExperts
+
+from nitp_titan.dtensors import local
 
 
 @torch.library.custom_op("nitp_titan::grouped_mm", mutates_args=())
@@ -69,9 +70,7 @@ class DtypePreservingGroupedExperts(GroupedExperts):
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         """Apply each expert to its run of rows: (R, D), (E,) -> (R, D)."""
-        w1_EFD, w2_EDF, w3_EFD = (
-            w.to_local() if isinstance(w, DTensor) else w for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-        )
+        w1_EFD, w2_EDF, w3_EFD = (local(w) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
         dtype, x_RD = x_RD.dtype, x_RD.to(w1_EFD.dtype)
         offs = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         h_RF = F.silu(self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offs))
