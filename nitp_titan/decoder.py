@@ -47,14 +47,13 @@ def _twin_class(base: type[Decoder]) -> Any:
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             nitp: NITPConfig
-            chunked_sum: ChunkedSum
             target_layer: int
             projector: FeedForward.Config | None
 
             @property
             def projector_tokens(self) -> int:
                 """Tokens that the projector takes at a time."""
-                chunk_tokens = self.chunked_sum.chunk_tokens
+                chunk_tokens = self.lm_head.chunked_sum.chunk_tokens  # pyrefly: ignore [missing-attribute]
                 return self.nitp.projector_tokens(chunk_tokens, dim=self.dim, vocab_size=self.vocab_size)
 
             def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
@@ -167,13 +166,11 @@ def nitp_model_spec(
 
     # A copy, since TorchTitan writes a run's sequence length and sharding into the configuration that it builds.
     stock = copy.deepcopy(stock)
-    chunked_sum = ChunkedSum(chunk_tokens, implementation)
     twin = retyped(
         stock,
         _twin_class(owner).Config,
-        lm_head=loss_head_config(stock.lm_head, chunked_sum),
+        lm_head=loss_head_config(stock.lm_head, ChunkedSum(chunk_tokens, implementation)),
         nitp=nitp,
-        chunked_sum=chunked_sum,
         target_layer=nitp.target_layer_of(len(stock.layers)),
         projector=_projector_config(stock.dim, nitp),
     )

@@ -191,5 +191,5 @@ class NITPDecoder:
     def _chunked_sum(self, target_BLD: torch.Tensor) -> ChunkedSum:
         config: Any = self.config  # pyrefly: ignore [missing-attribute]
         # The fast way has gradients of hidden states and weights, not of targets.
-        implementation = "reference" if target_BLD.requires_grad else config.chunked_sum.implementation
+        implementation = "reference" if target_BLD.requires_grad else config.lm_head.chunked_sum.implementation
         return ChunkedSum(max(config.projector_tokens // self.sequence.tensor, 1), implementation)
