@@ -22,7 +22,6 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from benchmarks.batches import packed_batch
-from nitp_titan.chunked_sum import Implementation
 from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.models.flavors import Shape
 from nitp_titan.models.registry import decoder_config, model_registry
@@ -125,10 +124,13 @@ class _HandOn(Module):
         return h_BLD
 
 
-def joint_decoder(problem: Problem, nitp: NITPConfig, implementation: Implementation = "fast") -> Any:
+def joint_decoder(problem: Problem, nitp: NITPConfig, **options: Any) -> Any:
     """Return an NITP decoder that takes hidden states (B, L, D) in the tokens' place, with the problem's unembedding.
 
     They are also NITP's target: kept by somebody anyway, as a block's input is in training.
+
+    Args:
+        options: of ``nitp_model_spec``, where they are not the case's.
     """
     case = problem.case
     shape = Shape(
@@ -145,7 +147,7 @@ def joint_decoder(problem: Problem, nitp: NITPConfig, implementation: Implementa
     config.layers = [_HandOn.Config()]
     spec = dataclasses.replace(model_registry("debug"), model=config)
     with torch.device("meta"):
-        twin = nitp_model_spec(spec, nitp, chunk_tokens=case.chunk_tokens, implementation=implementation)
+        twin = nitp_model_spec(spec, nitp, **{"chunk_tokens": case.chunk_tokens, **options})
         model: Any = twin.model.build()
     # What a pipeline stage has that is neither the first nor the last: hidden states pass through.
     model.tok_embeddings = model.norm = None
@@ -165,9 +167,9 @@ def joint_decoder(problem: Problem, nitp: NITPConfig, implementation: Implementa
     return model
 
 
-def _joint(problem: Problem, *, active: bool, implementation: Implementation = "fast") -> Head:
+def _joint(problem: Problem, *, active: bool, **options: Any) -> Head:
     nitp = NITPConfig(target_layer=1)
-    model = joint_decoder(problem, nitp, implementation)
+    model = joint_decoder(problem, nitp, **options)
     model.nitp_active = active
 
     def losses() -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +186,14 @@ def ours(problem: Problem) -> Head:
 
 def ours_with_nitp(problem: Problem) -> Head:
     return _joint(problem, active=True)
+
+
+def ours_in_halved_chunks(problem: Problem) -> Head:
+    return _joint(problem, active=False, chunk_tokens=problem.case.chunk_tokens // 2)
+
+
+def ours_in_doubled_chunks(problem: Problem) -> Head:
+    return _joint(problem, active=False, chunk_tokens=problem.case.chunk_tokens * 2)
 
 
 def ours_recomputed(problem: Problem) -> Head:
@@ -256,6 +266,8 @@ def _compiled(problem: Problem, function: Callable[..., torch.Tensor]) -> Callab
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Problem], Head], str]] = {
     "ours": (ours, "as it trains: a chunk's gradients in the forward pass"),
     "ours+nitp": (ours_with_nitp, "the same with the NITP term"),
+    "ours_in_halved_chunks": (ours_in_halved_chunks, "half as many tokens at a time"),
+    "ours_in_doubled_chunks": (ours_in_doubled_chunks, "twice as many"),
     "ours_recomputed": (ours_recomputed, "its reference: chunks computed again in the backward pass"),
     "ours_recomputed+nitp": (ours_recomputed_with_nitp, "the same with the NITP term"),
     "torchtitan_chunked": (torchtitan_chunked, "TorchTitan's ChunkedLossWrapper, 8 chunks of a sequence"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks import results
 from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
 from benchmarks.measure import DeviceClock, Spread, overhead_by_round, overhead_of_medians, take_turns
+from nitp_titan.nitp_config import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +30,13 @@ MIB = 2**20
 
 # Whole sizes of the paper's 0.5B and 9B-A1B on a GPU; on a CPU as much as shows that it works.
 _DEFAULTS = {
-    "gpu": {"tokens": "8192,32768", "vocab": "152064", "width": "896,1280", "dtype": "bfloat16", "chunk_tokens": 2048},
+    "gpu": {
+        "tokens": "8192,32768",
+        "vocab": "152064",
+        "width": "896,1280",
+        "dtype": "bfloat16",
+        "chunk_tokens": CHUNK_TOKENS,
+    },
     "cpu": {"tokens": "256,512", "vocab": "2048,8192", "width": "64", "dtype": "float32", "chunk_tokens": 128},
 }
 
@@ -61,7 +68,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", help=f"with commas ({gpu['vocab']}; on a CPU {cpu['vocab']})")
     parser.add_argument("--width", help=f"with commas ({gpu['width']}; on a CPU {cpu['width']})")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="(bfloat16; on a CPU float32)")
-    parser.add_argument("--chunk-tokens", type=int, help="of ours (2048; on a CPU 128)")
+    sizes = f"({gpu['chunk_tokens']}; on a CPU {cpu['chunk_tokens']})"
+    parser.add_argument("--chunk-tokens", type=int, help=f"of ours {sizes}")
     parser.add_argument("--seq-len", type=int, default=8192, help="at most so many tokens a sequence (%(default)s)")
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = (
     "ours",
     "ours+nitp",
+    "ours_in_halved_chunks",
+    "ours_in_doubled_chunks",
     "ours_recomputed",
     "ours_recomputed+nitp",
     "torchtitan_chunked",

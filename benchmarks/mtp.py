@@ -36,6 +36,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from nitp_titan.chunked_sum import ChunkedSum
 from nitp_titan.configs import retyped
 from nitp_titan.linear_cross_entropy import loss_head_config
+from nitp_titan.nitp_config import CHUNK_TOKENS
 from nitp_titan.objective import next_token_mask, shift_left
 from nitp_titan.trainer import NITPTrainer
 
@@ -186,7 +187,7 @@ class MTPTrainer(NITPTrainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(NITPTrainer.Config):
-        chunk_tokens: int = 2048
+        chunk_tokens: int = CHUNK_TOKENS
         """Tokens whose logits exist at a time."""
 
     def __init__(self, config: Config):

@@ -13,6 +13,7 @@ projector and loss without recomputation, once a token; its weights' cast, reduc
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from nitp_titan.costs import flops, nitp_flops, parts_of_shape, projector_params
 from nitp_titan.models.flavors import CONTEXT, FLAVORS
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,9 +68,9 @@ Work = tuple[float, float]
 """FLOPs and bytes."""
 
 
-def _product(rows: int, read: int, written: int) -> Work:
-    """Of (rows, read) x (read, written), or of a gradient that takes as many, in bf16."""
-    return 2 * rows * read * written, 2 * (rows * (read + written) + read * written)
+def _product(rows: int, read: int, written: int, *, chunks: int = 1) -> Work:
+    """Of (rows, read) x (read, written), or of a gradient that takes as many, in bf16, in chunks of rows."""
+    return 2 * rows * read * written, 2 * (rows * (read + written) + chunks * read * written)
 
 
 def _moved(numbers: float) -> Work:
@@ -117,14 +118,24 @@ def nitp_operations(dim: int, tokens: int, *, ratio: int = 4, ranks: int = 1) ->
     return [*loss_operations(dim, tokens, ratio=ratio), own]
 
 
-def cross_entropy_operations(dim: int, tokens: int, vocabulary: int) -> list[Operation]:
-    """Return the forward and backward pass of an unembedding's cross-entropy, in bf16, logits in memory once."""
-    logits = tokens * vocabulary
+def cross_entropy_operations(
+    dim: int, tokens: int, vocabulary: int, *, chunk_tokens: int = CHUNK_TOKENS
+) -> list[Operation]:
+    """Return the forward and backward pass of an unembedding's cross-entropy, in bf16, logits in memory once.
+
+    Args:
+        chunk_tokens: whose logits exist at a time.
+    """
+    chunks, weights = math.ceil(tokens / chunk_tokens), vocabulary * dim
+    product, moved = _product(tokens, vocabulary, dim, chunks=0)
+    # In bf16 if there is one chunk. Else a sum in fp32, to which all products but the first add, and which is rounded.
+    moved += 2 * weights if chunks == 1 else 4 * weights * (chunks + (chunks - 1)) + (4 + 2) * weights
     return [
-        _operation("logits", _product(tokens, dim, vocabulary)),
+        _operation("logits", _product(tokens, dim, vocabulary, chunks=chunks)),
         # Read for the maximum and the sum, and again for the gradient, which is written.
-        _operation("softmax, forward and backward", _moved(3 * logits)),
-        _operation("gradients", _product(tokens, vocabulary, dim), _product(tokens, vocabulary, dim)),
+        _operation("softmax, forward and backward", _moved(3 * tokens * vocabulary)),
+        _operation("gradient of h", _product(tokens, vocabulary, dim, chunks=chunks)),
+        _operation("gradient of the weight", (product, moved)),
     ]
 
 

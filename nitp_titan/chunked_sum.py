@@ -3,7 +3,8 @@
 Logits of a vocabulary are what this is for, and the inner activations of NITP's projector.
 """
 
-# Shape suffixes: S = shards of the sequence (1 without), T = rows (tokens), D = model dim
+# Shape suffixes: S = shards of the sequence (1 without), T = rows (tokens), C = rows of a chunk, D = model dim,
+# V = outputs of a linear map (the vocabulary)
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils.checkpoint import checkpoint
 
 from nitp_titan.dtensors import local
+from nitp_titan.weight_gradient import WeightGradient
 
 ChunkLoss = Callable[[torch.Tensor, slice], torch.Tensor]
-"""(rows of h, which they are) -> their loss, 0-d. It sees to everything else that belongs to these rows."""
+"""(rows of h, or their images; which they are) -> their loss, 0-d. It sees to all else that belongs to these rows."""
 
 Implementation = Literal["fast", "reference"]
 """``eager_sum`` or ``recomputed_sum``."""
@@ -37,17 +40,32 @@ class ChunkedSum:
     implementation: Implementation = "fast"
     """"fast" takes a chunk's gradients in the forward pass, "reference" computes the chunk twice."""
 
-    def __call__(self, chunk_loss: ChunkLoss, h_STD: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
+    def __call__(
+        self,
+        chunk_loss: ChunkLoss,
+        h_STD: torch.Tensor,
+        parameters: list[torch.Tensor],
+        *,
+        weight_VD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sum ``chunk_loss`` over the rows of ``h_STD``; 0-d, fp32 (float64 if the losses are).
 
         Args:
             h_STD: (S, T, D), cut along T. Differentiable, as the sum is: once, where "fast".
-            parameters: all else that ``chunk_loss`` reads and that may get a gradient; "fast" gives none to others.
+            parameters: all that ``chunk_loss`` reads and that may get a gradient; "fast" gives none to others.
+            weight_VD: of a linear map without a bias. ``chunk_loss`` is then given its images (S, C, V) in the rows'
+                place, and "fast" adds up the weight's gradient as :mod:`nitp_titan.weight_gradient` says.
         """
         if self.implementation == "reference" or not (torch.is_grad_enabled() and h_STD.requires_grad):
+            if weight_VD is not None:
+                chunk_loss = _after(lambda h_SCD: F.linear(h_SCD, weight_VD), chunk_loss)
             return recomputed_sum(chunk_loss, h_STD, self.chunk_tokens)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        return eager_sum(chunk_loss, h_STD, self.chunk_tokens, trained)
+        return eager_sum(chunk_loss, h_STD, self.chunk_tokens, trained, weight_VD)
+
+
+def _after(function: Callable[[torch.Tensor], torch.Tensor], chunk_loss: ChunkLoss) -> ChunkLoss:
+    return lambda h_SCD, chunk: chunk_loss(function(h_SCD), chunk)
 
 
 def chunks(length: int, chunk_tokens: int) -> list[slice]:
@@ -84,30 +102,43 @@ def recomputed_sum(chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int
 
 
 def eager_sum(
-    chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int, parameters: list[torch.Tensor]
+    chunk_loss: ChunkLoss,
+    h_STD: torch.Tensor,
+    chunk_tokens: int,
+    parameters: list[torch.Tensor],
+    weight_VD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``recomputed_sum`` without the recomputation: a sum's gradients are known in the forward pass, up to a factor.
 
     Each chunk's backward runs at once, while its activations are there (as in Liger and TorchTitan's chunked loss).
     Gradients of parameters are added up in fp32 over the chunks. Hooks of a parameter see each chunk's gradient, and
-    then their sum.
+    then their sum; those of ``weight_VD`` the sum alone.
 
     Raises:
         RuntimeError: in the backward pass, if that is to be differentiated.
     """
-    return _EagerSum.apply(chunk_loss, h_STD, chunk_tokens, *parameters)
+    return _EagerSum.apply(chunk_loss, h_STD, chunk_tokens, weight_VD, *parameters)
 
 
 class _EagerSum(torch.autograd.Function):
     @staticmethod
     def forward(  # pyrefly: ignore [bad-override]
-        ctx: Any, chunk_loss: ChunkLoss, h_STD: torch.Tensor, chunk_tokens: int, *parameters: torch.Tensor
+        ctx: Any,
+        chunk_loss: ChunkLoss,
+        h_STD: torch.Tensor,
+        chunk_tokens: int,
+        weight_VD: torch.Tensor | None,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=h_STD.device)
         h_grad_STD = torch.empty_like(local(h_STD))
         grads: list[torch.Tensor] = []
         ctx.layouts = []
         pieces = chunks(h_STD.shape[1], chunk_tokens)
+        weight_gradient = None
+        if weight_VD is not None:
+            weight_gradient = WeightGradient(weight_VD, chunks=len(pieces))
+            chunk_loss = _after(weight_gradient.linear, chunk_loss)
         for chunk in pieces:
             with torch.enable_grad():
                 h = h_STD[:, chunk].detach().requires_grad_()
@@ -129,6 +160,10 @@ class _EagerSum(torch.autograd.Function):
             total = total + loss.detach()
             # Not under the next chunk's activations.
             del h, loss, found, h_part, parts
+        ctx.has_weight = weight_gradient is not None and weight_gradient.total is not None
+        if ctx.has_weight:
+            grads.append(weight_gradient.total)
+            ctx.layouts.append(_Layout.of(weight_VD, weight_VD))
         ctx.save_for_backward(h_grad_STD, *grads)
         return total
 
@@ -140,7 +175,8 @@ class _EagerSum(torch.autograd.Function):
             )
         pairs = zip(ctx.saved_tensors, ctx.layouts, strict=True)
         h_grad_STD, *grads = (layout.place(grad, grad_output) for grad, layout in pairs)
-        return None, h_grad_STD, None, *grads
+        weight_grad_VD = grads.pop() if ctx.has_weight else None
+        return None, h_grad_STD, None, weight_grad_VD, *grads
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from nitp_titan.chunked_sum import ChunkedSum, Implementation
 from nitp_titan.configs import retyped
 from nitp_titan.costs import has_projector
 from nitp_titan.linear_cross_entropy import loss_head_config
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
 from nitp_titan.sequence_shards import SequenceShards
 from nitp_titan.twin import NITPDecoder
 
@@ -137,7 +137,7 @@ def _backbone_adapter(base: type[BaseStateDictAdapter]) -> type[BaseStateDictAda
 
 
 def nitp_model_spec(
-    spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = 2048, implementation: Implementation = "fast"
+    spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = CHUNK_TOKENS, implementation: Implementation = "fast"
 ) -> ModelSpec:
     """Return the NITP twin of a TorchTitan decoder's ``ModelSpec``; ``spec`` itself where NITP is off.
 

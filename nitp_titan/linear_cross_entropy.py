@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.common.linear import Linear
 
@@ -40,13 +41,18 @@ class LossHead:
         if labels is None:
             return super().forward(input)  # pyrefly: ignore [missing-attribute]
         labels_T = labels.flatten()
+        h_1TD = input.flatten(0, 1).unsqueeze(0)
 
-        def chunk_loss(h_1CD: torch.Tensor, chunk: slice) -> torch.Tensor:
-            logits_1CV = super(LossHead, self).forward(h_1CD)  # pyrefly: ignore [missing-attribute]
+        def loss_of_logits(logits_1CV: torch.Tensor, chunk: slice) -> torch.Tensor:
             return self._cross_entropy(logits_1CV, labels_T[chunk].unsqueeze(0))
 
+        forward: Any = super().forward  # pyrefly: ignore [missing-attribute]
+        bias, weight_VD = self.bias, self.weight  # pyrefly: ignore [missing-attribute]
+        if bias is None and forward.__func__ is nn.Linear.forward:
+            return self.chunked_sum(loss_of_logits, h_1TD, [], weight_VD=weight_VD)
+        # Anything else an unembedding may be: with a cap on its logits, in float8.
         parameters = list(self.parameters())  # pyrefly: ignore [missing-attribute]
-        return self.chunked_sum(chunk_loss, input.flatten(0, 1).unsqueeze(0), parameters)
+        return self.chunked_sum(lambda h_1CD, chunk: loss_of_logits(forward(h_1CD), chunk), h_1TD, parameters)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
 from nitp_titan.chunked_sum import Implementation
+from nitp_titan.nitp_config import CHUNK_TOKENS
 
 
 class JointLoss(BaseLoss):
@@ -25,7 +26,7 @@ class JointLoss(BaseLoss):
         weight: float = 1.0
         """Lambda; ``NITPTrainer`` takes it from ``nitp.weight``."""
 
-        chunk_tokens: int = 2048
+        chunk_tokens: int = CHUNK_TOKENS
         """Tokens whose logits exist at a time; the projector takes as many as need no more memory."""
 
         implementation: Implementation = "fast"

@@ -29,9 +29,10 @@ class CappedLinear(Linear):
         return self.cap * torch.tanh(super().forward(input) / self.cap)
 
 
-def head_and_batch(base: type[Linear], chunk_tokens: int, dtype: torch.dtype = torch.float32):
+def head_and_batch(base: type[Linear], chunk_tokens: int, *, bias: bool = True, dtype: torch.dtype = torch.float32):
+    """An unembedding, hidden states and labels. A bias or a forward pass of its own takes the general way."""
     torch.manual_seed(0)
-    config = base.Config(in_features=16, out_features=40, bias=True)
+    config = base.Config(in_features=16, out_features=40, bias=bias)
     head = loss_head_config(config, ChunkedSum(chunk_tokens)).build().to(dtype)
     h_BLD = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
     labels = torch.randint(40, (3, 7))
@@ -44,11 +45,11 @@ def plain(head: Linear, h_BLD: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=-100)
 
 
-@pytest.mark.parametrize("base", [Linear, CappedLinear])
+@pytest.mark.parametrize(("base", "bias"), [(Linear, False), (Linear, True), (CappedLinear, True)])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 21, 100])
-def test_sum_and_gradients_are_those_of_the_whole(base, chunk_tokens):
-    head, h_BLD, labels = head_and_batch(base, chunk_tokens)
-    inputs = [h_BLD, head.weight, head.bias]
+def test_sum_and_gradients_are_those_of_the_whole(base, bias, chunk_tokens):
+    head, h_BLD, labels = head_and_batch(base, chunk_tokens, bias=bias)
+    inputs = [h_BLD, *head.parameters()]
     expected = torch.autograd.grad(0.3 * plain(head, h_BLD, labels), inputs)
     found = head(h_BLD, labels=labels)
     torch.testing.assert_close(found, plain(head, h_BLD, labels))
@@ -56,9 +57,10 @@ def test_sum_and_gradients_are_those_of_the_whole(base, chunk_tokens):
         torch.testing.assert_close(f, e)
 
 
-def test_fast_and_reference_agree():
-    head, h_BLD, labels = head_and_batch(CappedLinear, 4)
-    inputs = [h_BLD, head.weight, head.bias]
+@pytest.mark.parametrize(("base", "bias"), [(Linear, False), (CappedLinear, True)])
+def test_fast_and_reference_agree(base, bias):
+    head, h_BLD, labels = head_and_batch(base, 4, bias=bias)
+    inputs = [h_BLD, *head.parameters()]
     fast = head(h_BLD, labels=labels)
     head.chunked_sum = ChunkedSum(4, "reference")
     reference = head(h_BLD, labels=labels)
@@ -87,14 +89,14 @@ def test_float64_is_the_whole_computation_in_float64(implementation):
         torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-6)
 
 
-def gradients_of_sharded_vocabulary(implementation: str) -> list[torch.Tensor]:
+def gradients_of_sharded_vocabulary(implementation: str, bias: bool) -> list[torch.Tensor]:
     """A vocabulary over two ranks, as TorchTitan's tensor parallelism shards it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torchtitan.distributed.utils import set_spmd_backend
 
     set_spmd_backend("partial_dtensor")
-    head, h_BLD, labels = head_and_batch(Linear, 4)
+    head, h_BLD, labels = head_and_batch(Linear, 4, bias=bias)
     head.chunked_sum = ChunkedSum(4, implementation)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     for name, parameter in list(head.named_parameters()):
@@ -103,15 +105,15 @@ def gradients_of_sharded_vocabulary(implementation: str) -> list[torch.Tensor]:
     h.retain_grad()
     total = head(h, labels=labels)
     (0.3 * total).backward()
-    return [total.detach(), *(grad.full_tensor() for grad in (h.grad, head.weight.grad, head.bias.grad))]
+    return [total.detach(), *(tensor.grad.full_tensor() for tensor in (h, *head.parameters()))]
 
 
-@pytest.mark.parametrize("implementation", ["fast", "reference"])
-def test_sharded_vocabulary_has_the_whole_ones_gradients(implementation):
-    head, h_BLD, labels = head_and_batch(Linear, 4)
+@pytest.mark.parametrize(("implementation", "bias"), [("fast", False), ("fast", True), ("reference", False)])
+def test_sharded_vocabulary_has_the_whole_ones_gradients(implementation, bias):
+    head, h_BLD, labels = head_and_batch(Linear, 4, bias=bias)
     total = plain(head, h_BLD, labels)
-    expected = [total.detach(), *torch.autograd.grad(0.3 * total, [h_BLD, head.weight, head.bias])]
-    for rank in run_on_ranks(2, gradients_of_sharded_vocabulary, implementation):
+    expected = [total.detach(), *torch.autograd.grad(0.3 * total, [h_BLD, *head.parameters()])]
+    for rank in run_on_ranks(2, gradients_of_sharded_vocabulary, implementation, bias):
         for f, e in zip(rank, expected, strict=True):
             torch.testing.assert_close(f, e)
 
@@ -134,11 +136,15 @@ def test_logits_exist_a_chunk_at_a_time(no_grad):
     assert rows == [(1, 7)] * 3
 
 
-def test_weight_gradient_of_many_bf16_chunks_is_added_up_in_fp32():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weight_gradient_of_many_bf16_chunks_is_added_up_in_fp32(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
-    head = loss_head_config(Linear.Config(in_features=32, out_features=64), ChunkedSum(16)).build().to(torch.bfloat16)
-    h_BLD = torch.randn(4, 512, 32, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(64, (4, 512))
+    head = loss_head_config(Linear.Config(in_features=32, out_features=64), ChunkedSum(16)).build()
+    head.to(device, torch.bfloat16)
+    h_BLD = torch.randn(4, 512, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
+    labels = torch.randint(64, (4, 512), device=device)
     head(h_BLD, labels=labels).backward()
     weight = head.weight.detach().double().requires_grad_()
     logits = h_BLD.detach().double() @ weight.T
@@ -146,3 +152,18 @@ def test_weight_gradient_of_many_bf16_chunks_is_added_up_in_fp32():
     error = (head.weight.grad.double() - weight.grad).norm() / weight.grad.norm()
     # One rounding of bfloat16 at the end, and those of the logits; 128 roundings would be several times as much.
     assert error < 4e-3
+
+
+@pytest.mark.parametrize(("base", "bias", "added"), [(Linear, False, 2), (Linear, True, 0), (CappedLinear, False, 0)])
+def test_a_plain_unembeddings_weight_gradient_is_added_up_by_its_products(base, bias, added):
+    head, h_BLD, labels = head_and_batch(base, 8, bias=bias)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        head(h_BLD, labels=labels).backward()
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::addmm_") == added
+
+
+def test_a_frozen_unembedding_gets_no_gradient():
+    head, h_BLD, labels = head_and_batch(Linear, 8, bias=False)
+    expected = torch.autograd.grad(plain(head, h_BLD, labels), h_BLD)
+    head.weight.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(head(h_BLD, labels=labels), h_BLD), expected)

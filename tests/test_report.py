@@ -17,6 +17,7 @@ from nitp_titan.costs import flops, mtp_flops, parts_of_shape
 from nitp_titan.job import load_job, machine
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import decoder_config
+from nitp_titan.nitp_config import CHUNK_TOKENS
 from nitp_titan.report import parts_of_config, render, report, summary
 from tests.commands import cli_main
 from tests.decoders import backbone
@@ -140,10 +141,10 @@ def test_layout_precision_and_checkpointing_of_the_job_count(monkeypatch):
     assert memory("--training.dtype", "bfloat16")["weights"] == usual["weights"] / 2
     bf16_states = memory("--optimizer.implementation", "fused_opt_states_bf16")
     assert bf16_states["optimizer_states"] == usual["optimizer_states"] / 2
-    logits = 2048 * 152_064 * 12 / 2**30
+    logits = CHUNK_TOKENS * 152_064 * 12 / 2**30
     weight, hidden = 152_064 * 1792 * 4 / 2**30, 4 * 8192 * 1792 * 2 / 2**30
     assert usual["cross_entropy"] == pytest.approx(logits + weight + hidden)
-    assert memory("--loss.chunk_tokens", "1024")["cross_entropy"] == pytest.approx(logits / 2 + weight + hidden)
+    assert memory("--loss.chunk_tokens", "2048")["cross_entropy"] == pytest.approx(logits / 2 + weight + hidden)
     assert memory("--loss.implementation", "reference")["cross_entropy"] == pytest.approx(logits)
     two = memory("--parallelism.tensor_parallel_degree", "2")
     assert two["cross_entropy"] == pytest.approx((logits + weight) / 2 + hidden)
@@ -151,9 +152,9 @@ def test_layout_precision_and_checkpointing_of_the_job_count(monkeypatch):
     assert memory("--parallelism.fsdp_reshard_after_forward", "never")["gathered_parameters"] > 3
     # Without NITP the logits of all tokens, or of one in num_chunks.
     plain = memory("--nitp.no-enable", "--loss.name", "cross_entropy")
-    assert plain["cross_entropy"] == pytest.approx(logits * 4 * 8192 / 2048)
+    assert plain["cross_entropy"] == pytest.approx(logits * 4 * 8192 / CHUNK_TOKENS)
     monkeypatch.setattr(machine, "torch_version", lambda: (2, 13))
-    chunked = memory("--nitp.no-enable", "--loss.num_chunks", "16")
+    chunked = memory("--nitp.no-enable", "--loss.num_chunks", "8")
     assert chunked["cross_entropy"] == pytest.approx(logits)
 
 

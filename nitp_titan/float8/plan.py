@@ -18,7 +18,7 @@ from nitp_titan.costs import has_projector
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.float8.gain import times, why_no_gain
 from nitp_titan.models.flavors import Shape
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
 
 MULTIPLE = 16
 """What every dimension of a float8 product must be a multiple of."""
@@ -203,7 +203,7 @@ def unmatched(config: Float8Config, layers: Iterable[LinearLayer]) -> Iterator[t
             yield word, near[0] if near else ""
 
 
-def layers_of_shape(shape: Shape, nitp: NITPConfig, *, chunk_tokens: int = 2048) -> Iterator[LinearLayer]:
+def layers_of_shape(shape: Shape, nitp: NITPConfig, *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[LinearLayer]:
     """Yield the linear layers of a model of ours and of NITP's projector.
 
     Args:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nitp_titan.nitp_config import CHUNK_TOKENS
+
 
 @dataclass(kw_only=True, slots=True)
 class JobTable:
@@ -109,7 +111,7 @@ class LossTable:
     """"linear_cross_entropy" is ours and the one that NITP trains with; the others are TorchTitan's.
     "auto": ours with NITP, otherwise chunked_cross_entropy, or cross_entropy on torch < 2.13."""
 
-    chunk_tokens: int = 2048
+    chunk_tokens: int = CHUNK_TOKENS
     """"linear_cross_entropy": tokens whose logits are held at a time; NITP's projector takes as many as need
     no more memory."""
 

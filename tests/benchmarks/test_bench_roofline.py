@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from benchmarks.roofline import H100, Accelerator, Operation, cross_entropy_operations, main, nitp_operations, roofline
@@ -32,12 +34,23 @@ def test_bytes_by_hand():
 
 
 def test_cross_entropy_by_hand():
-    logits, softmax, gradients = cross_entropy_operations(10, 7, 100)
+    logits, softmax, of_h, of_weight = cross_entropy_operations(10, 7, 100)
     assert (logits.flops, logits.bytes) == (2 * 7 * 10 * 100, 2 * (7 * 10 + 7 * 100 + 10 * 100))
     assert (softmax.flops, softmax.bytes) == (0, 2 * 3 * 700)
-    assert (gradients.flops, gradients.bytes) == (2 * logits.flops, 2 * logits.bytes)
+    assert of_h == dataclasses.replace(logits, name="gradient of h")
+    assert of_weight == dataclasses.replace(logits, name="gradient of the weight")
     # The paper's: 6 V d a token.
-    assert logits.flops + gradients.flops == 6 * 100 * 10 * 7
+    assert logits.flops + of_h.flops + of_weight.flops == 6 * 100 * 10 * 7
+
+
+def test_cross_entropy_in_chunks_by_hand():
+    """Three chunks: the weight is read three times, and its gradient is a sum in fp32."""
+    whole = cross_entropy_operations(10, 7, 100)
+    logits, softmax, of_h, of_weight = cross_entropy_operations(10, 7, 100, chunk_tokens=3)
+    assert [op.flops for op in (logits, softmax, of_h, of_weight)] == [op.flops for op in whole]
+    assert logits.bytes == of_h.bytes == 2 * (7 * 10 + 7 * 100 + 3 * 10 * 100)
+    # Written, read and written, read and written; read, and written in bf16.
+    assert of_weight.bytes == 2 * (7 * 10 + 7 * 100) + 1000 * (4 + 4 + 4 + 4 + 4 + 4 + 2)
 
 
 def test_an_operation_takes_the_longer_of_its_limits():
