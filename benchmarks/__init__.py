@@ -9,7 +9,7 @@
     batches      the same packed batches for every variant              results     where they lie, what they say
     measure      turns, medians, overheads                              summary     times -> what is written, shown
     memory       peaks of memory                                        depth       slices of a model -> all of it
-    console      what each of the programs begins and ends with
+    console      what each of the programs begins and ends with         needs       what a machine lacks
 
 README.md says how to run them and how to read what they write.
 """

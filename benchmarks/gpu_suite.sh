@@ -47,6 +47,11 @@ step() {
     echo "{\"step\": \"$name\", \"exit\": $code, \"seconds\": $((SECONDS - begin))}" >> "$out/suite.jsonl"
 }
 
+if [ -z "${DRY_RUN:-}" ] && ! "$PYTHON" -m benchmarks.needs; then
+    echo "Nothing was run: $PYTHON lacks the above"
+    exit 1
+fi
+
 small=train_configs/nitp_0.5b.toml
 large=train_configs/nitp_9b-a1b.toml
 four="--training.local_batch_size=4" # sequences: with whole logits, as plain cross-entropy has them, more do not fit

@@ -67,17 +67,28 @@ def test_other_steps_are_valid():
         assert load_job(file, rest, 1).nitp.enable == (name == "evidence-nitp")
 
 
+def run_suite(folder: Path, python: str, seconds: int) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": python, "SECONDS_LEFT": str(seconds)}
+    command = ["bash", str(SUITE), str(folder)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
 def test_a_failing_step_stops_nothing_and_is_noted(tmp_path):
-    """Every step fails here: the interpreter is a command that does."""
-    env = os.environ | {"PYTHON": "false", "SECONDS_LEFT": "60"}
-    command = ["bash", str(SUITE), str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 1
-    lines = (tmp_path / "suite.jsonl").read_text().splitlines()
+    """Every step fails here: the interpreter is a command that does, but for saying that nothing is missing."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text('#!/bin/sh\n[ "$*" = "-m benchmarks.needs" ]\n')
+    python.chmod(0o755)
+    assert run_suite(out, str(python), 60).returncode == 1
+    lines = (out / "suite.jsonl").read_text().splitlines()
     assert [f'"step": "{name}", "exit": 1' in line for name, line in zip(STEPS, lines, strict=True)] == [True] * len(
         STEPS
     )
-    env["SECONDS_LEFT"] = "0"
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run_suite(out, str(python), 0).returncode == 1
+    assert (out / "suite.jsonl").read_text().count('"exit": null') == len(STEPS)
+
+
+def test_nothing_is_run_where_something_is_missing(tmp_path):
+    done = run_suite(tmp_path, "false", 60)
     assert done.returncode == 1
-    assert (tmp_path / "suite.jsonl").read_text().count('"exit": null') == len(STEPS)
+    assert done.stdout == "Nothing was run: false lacks the above\n"
+    assert (tmp_path / "suite.jsonl").read_text() == ""
