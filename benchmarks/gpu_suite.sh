@@ -85,7 +85,11 @@ step throughput-0.5b-graphs 110 benchmarks.throughput --config $small --variants
 step throughput-0.5b-no-recomputation 70 benchmarks.throughput --config $small --variants ntp,nitp \
     --steps 4 --repeats 3 --out "$out/throughput-0.5b-no-recomputation.json" $four --activation_checkpoint.mode=none
 
-# 7. With what time is left: does NITP do what it says, on a small model.
+# 7. What only a GPU can test: attention, experts and losses against a CPU's.
+step gpu-tests 90 pytest -q -m gpu -p no:cacheprovider tests/test_devices.py tests/test_weight_gradient.py \
+    tests/test_linear_cross_entropy.py tests/float8/test_float8_experts.py
+
+# 8. With what time is left: does NITP do what it says, on a small model.
 evidence=(--job.config_file train_configs/debug.toml --training.steps=300 --checkpoint.no-enable --nitp.geometry_freq=20
     --model.shape.dim=512 --model.shape.n_layers=8 --model.shape.n_heads=8 --model.shape.head_dim=64
     --model.shape.hidden_dim=1536)

@@ -73,6 +73,15 @@ def run_suite(folder: Path, python: str, seconds: int) -> subprocess.CompletedPr
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+def test_gpu_tests_are_all_that_there_are():
+    """Every file with a test that needs a GPU is named, and is there."""
+    module, *words = STEPS["gpu-tests"]
+    assert module == "pytest"
+    named = {word for word in words if word.startswith("tests/")}
+    marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()}
+    assert named == marked - {str(Path(__file__).relative_to(ROOT))}
+
+
 def test_a_failing_step_stops_nothing_and_is_noted(tmp_path):
     """Every step fails here: the interpreter is a command that does, but for saying that nothing is missing."""
     python, out = tmp_path / "python", tmp_path / "out"
