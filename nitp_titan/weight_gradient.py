@@ -56,11 +56,8 @@ class WeightGradient:
 
 
 def adds_products_in_fp32(device: torch.device) -> bool:
-    """Whether torch has products of bfloat16 that are made, and added to a sum, in fp32 (``out_dtype``; CUDA alone).
-
-    Of tensors without data ("meta") it has, too: what is counted of them is what CUDA does.
-    """
-    return device.type == "meta" or (device.type == "cuda" and torch.version.hip is None)
+    """Whether torch can make a product of bfloat16, and add it to a sum, in fp32 (``out_dtype``): on CUDA alone."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 class _Linear(torch.autograd.Function):
