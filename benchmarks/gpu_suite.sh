@@ -6,6 +6,7 @@
 # FOLDER/runs has the training runs.
 #   PYTHON         the interpreter              COMMIT   the commit, where there is no git
 #   SECONDS_LEFT   the limit of all together    DRY_RUN  if set, the commands are printed and not run
+#   ONLY           a pattern (bash's =~) of the steps to run, to go on where another call had no time left
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,12 +22,13 @@ failed=0
 SECONDS=0 # bash counts on from here
 if [ -z "${DRY_RUN:-}" ]; then
     mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
-    : > "$out/suite.jsonl"
+    [ -n "${ONLY:-}" ] || : > "$out/suite.jsonl"
 fi
 
 # step NAME LIMIT MODULE ARGUMENT...: run it, keep its log, note how it ended.
 step() {
     local name=$1 own=$2 left=$((limit - SECONDS)) begin=$SECONDS code=0
+    [[ $name =~ ${ONLY:-} ]] || return
     shift 2
     if [ -n "${DRY_RUN:-}" ]; then
         echo "$name: -m $*"
@@ -65,25 +67,30 @@ step throughput-0.5b 200 benchmarks.throughput --config $small --variants ntp,ni
     --steps 4 --repeats 5 --out "$out/throughput-0.5b.json" $four
 
 # 3. The loss alone.
-step loss 75 benchmarks.loss --tokens 8192,32768 --out "$out/loss.json"
+step loss 120 benchmarks.loss --tokens 8192 --out "$out/loss.json"
 
 # 4. 9B-A1B from slices.
-step throughput-9b-a1b 120 benchmarks.throughput --config $large --variants ntp,nitp --depths 4,2 \
-    --steps 4 --repeats 5 --out "$out/throughput-9b-a1b.json" --training.local_batch_size=2
+step throughput-9b-a1b 150 benchmarks.throughput --config $large --variants ntp,nitp --depths 4,2 \
+    --steps 4 --repeats 4 --out "$out/throughput-9b-a1b.json" --training.local_batch_size=2
 
 # 5. float8.
-step throughput-0.5b-float8 110 benchmarks.throughput --config $small --variants nitp \
+step throughput-0.5b-float8 150 benchmarks.throughput --config $small --variants nitp \
     --variant nitp_float8:float8.recipe=tensorwise --variant nitp_float8_rowwise:float8.recipe=rowwise \
-    --steps 4 --repeats 5 --out "$out/throughput-0.5b-float8.json" $four
+    --steps 4 --repeats 4 --out "$out/throughput-0.5b-float8.json" $four
 
-# 6. What is on or off by measurement: CUDA graphs, the fused optimizer, recomputation.
+# 6. What is on or off by measurement: the fused optimizer, recomputation, CUDA graphs (torch >= 2.13; a graph keeps its
+# memory to itself: with fewer sequences all variants fit).
+step throughput-0.5b-foreach 90 benchmarks.throughput --config $small --variants ntp,nitp \
+    --variant nitp_foreach:optimizer.implementation=foreach \
+    --steps 4 --repeats 3 --out "$out/throughput-0.5b-foreach.json" $four
+step throughput-0.5b-no-recomputation 70 benchmarks.throughput --config $small --variants ntp,nitp \
+    --steps 4 --repeats 3 --out "$out/throughput-0.5b-no-recomputation.json" $four --activation_checkpoint.mode=none
+
 step throughput-0.5b-graphs 110 benchmarks.throughput --config $small --variants ntp,nitp \
     --variant ntp_graphs:like=ntp,training.disable_cuda_graphs=false \
     --variant nitp_graphs:training.disable_cuda_graphs=false \
-    --variant nitp_foreach:optimizer.implementation=foreach \
-    --steps 4 --repeats 3 --out "$out/throughput-0.5b-graphs.json" $four
-step throughput-0.5b-no-recomputation 70 benchmarks.throughput --config $small --variants ntp,nitp \
-    --steps 4 --repeats 3 --out "$out/throughput-0.5b-no-recomputation.json" $four --activation_checkpoint.mode=none
+    --steps 4 --repeats 3 --out "$out/throughput-0.5b-graphs.json" --training.local_batch_size=2
+step loss-32k 90 benchmarks.loss --tokens 32768 --width 896 --out "$out/loss-32k.json"
 
 # 7. What only a GPU can test: attention, experts and losses against a CPU's.
 step gpu-tests 90 pytest -q -m gpu -p no:cacheprovider tests/test_devices.py tests/test_weight_gradient.py \

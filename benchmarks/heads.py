@@ -243,7 +243,8 @@ def liger(problem: Problem) -> Head:
         transformers = importlib.import_module("liger_kernel.transformers")
     except ImportError as error:
         raise Unavailable(f"liger-kernel is not installed ({error})") from error
-    loss_fn = transformers.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    # Its own sum is in the gradients' bfloat16.
+    loss_fn = transformers.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
     return _of_rows(problem, lambda h, labels: loss_fn(problem.weight_VD, h, labels))
 
 
@@ -273,6 +274,6 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[Problem], Head], str]] = {
     "torchtitan_chunked": (torchtitan_chunked, "TorchTitan's ChunkedLossWrapper, 8 chunks of a sequence"),
     "torchtitan_plain": (torchtitan_plain, "TorchTitan's CrossEntropyLoss, whole logits"),
     "torch_chunked": (torch_chunked, "torch.nn.functional.linear_cross_entropy, chunked"),
-    "liger": (liger, "Liger's fused linear cross-entropy"),
+    "liger": (liger, "Liger's fused linear cross-entropy with its own chunks, gradients added up in fp32"),
 }
 """Name -> what builds it, and what it is. A builder raises :class:`Unavailable`."""

@@ -1,4 +1,4 @@
-"""What of the project's dependencies a machine lacks: asked before a suite that has minutes, and no package index.
+"""What of the project's dependencies a machine lacks, asked before a suite that has minutes and no package index.
 
     python -m benchmarks.needs
 
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import shutil
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -41,9 +45,18 @@ def unmet(requirements: Sequence[str]) -> Iterator[str]:
             yield f"{requirement.name} {found}: cannot be imported: {error}"
 
 
+def unmet_by_compiling() -> Iterator[str]:
+    """Yield a line for what torch.compile needs and is not there: Triton builds its launcher in C."""
+    if not any(shutil.which(name) for name in filter(None, (os.environ.get("CC"), "gcc", "cc", "clang"))):
+        yield "no C compiler: install gcc, or set CC"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        yield f"no {header}: install Python's headers"
+
+
 def main() -> int:
     """Run the command line; return the exit code."""
-    lines = list(unmet(dependencies()))
+    lines = [*unmet(dependencies()), *unmet_by_compiling()]
     print("\n".join(lines) or "all dependencies are here")
     return 1 if lines else 0
 

@@ -28,6 +28,7 @@ class Race:
         """Name -> why."""
         self._all = entries
         self._alone = os.environ["WORLD_SIZE"] == "1"
+        _warm_up()
         for entry in entries:
             say(f"{entry.name}: {entry.variant.meaning}")
             try:
@@ -75,7 +76,8 @@ class Race:
     def _drop(self, name: str, error: BaseException) -> None:
         # As text: the error itself would hold on to what it met.
         self.failed[name] = f"{type(error).__name__}: {error}"
-        self.contestants.pop(name, None)
+        if contestant := self.contestants.pop(name, None):
+            contestant.close()
         say(f"{name} failed: {self.failed[name]}")
 
 
@@ -88,6 +90,15 @@ def _prepare(entry: jobs.Entry, data: jobs.Data, warmup: int) -> tuple[Contestan
     memory.collect(device)
     before = memory.in_use(device)
     contestant = Contestant(jobs.trainer_config(entry, data))
+    try:
+        return contestant, _first_steps(contestant, before, warmup)
+    except Exception:
+        contestant.close()
+        raise
+
+
+def _first_steps(contestant: Contestant, before: int, warmup: int) -> Figures:
+    device = utils.device_type
     # The first step makes the optimizer's states, and a CUDA graph is recorded in the second.
     first_loss = contestant.logged_loss()
     contestant.release()
@@ -95,12 +106,19 @@ def _prepare(entry: jobs.Entry, data: jobs.Data, warmup: int) -> tuple[Contestan
     kept = memory.in_use(device) - before if device != "cpu" else contestant.state_bytes()
     peak = kept + memory.usage_of(lambda: contestant.run(warmup - 1), device).peak
     contestant.release()
-    return contestant, Figures(
+    return Figures(
         parameters=contestant.parameters(),
         state_bytes=contestant.state_bytes(),
         peak_bytes=_largest(peak),
         first_loss=first_loss,
     )
+
+
+def _warm_up() -> None:
+    """Have the workspaces that are allocated once, by the first product: they are no variant's own."""
+    if utils.device_type != "cpu":
+        x = torch.ones(1024, 1024, dtype=torch.bfloat16, device=utils.device_type)
+        (x @ x).sum().item()
 
 
 def _largest(value: int) -> int:

@@ -85,6 +85,8 @@ def _float8(torch: Version, device: Device) -> Verdict:
 def _cuda_graphs(torch: Version, device: Device) -> Verdict:
     if device.type != "cuda":
         return False, "needs an NVIDIA GPU"
+    if torch < (2, 13):
+        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
     return True, "dense models; upstream refuses them for expert and pipeline parallelism"
 
 

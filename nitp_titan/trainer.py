@@ -84,11 +84,13 @@ class NITPTrainer(Trainer):
         active = self.step >= self.nitp.start_step
         for part in self.model_parts:
             part.nitp_active = active  # pyrefly: ignore [bad-assignment]
-        pairs = torch.zeros((), dtype=torch.int64)
+        pairs = 0
         for input_dict, labels in batches if active else []:
-            pairs += counted(self.nitp, input_dict.get("positions"), labels).sum()
+            pairs += int(counted(self.nitp, input_dict.get("positions"), labels).sum())
         mesh = self.parallel_dims.get_optional_mesh("batch")
-        self.loss_fn.begin_step(dist_utils.dist_sum_tensor(pairs.to(self.device), mesh))
+        # Filled in there: a copy would wait for the last step.
+        on_device = torch.full((), pairs, dtype=torch.int64, device=self.device)
+        self.loss_fn.begin_step(dist_utils.dist_sum_tensor(on_device, mesh))
 
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor

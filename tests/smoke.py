@@ -83,18 +83,21 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"Device: {device()}", flush=True)
 
-    def check(run: tuple[str, str]) -> list[str]:
+    found: dict[str, list[str]] = {}
+
+    def check(run: tuple[str, str]) -> None:
         begin = time.monotonic()
         problems = run_job(*run, arguments.steps, out)
+        found["-".join(run)] = problems
+        # After each, in case somebody's patience ends before the last.
+        (out / "smoke.json").write_text(json.dumps(found, indent=2) + "\n")
         verdict = "FAILED" if problems else "ok"
         took = f"{time.monotonic() - begin:6.1f} s"
         print(f"{run[0]:10} {run[1]:9} {took}  {verdict}", *problems, sep="\n  ", flush=True)
-        return problems
 
     runs = [(job, mode) for job in JOBS for mode in MODES]
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        found = {"-".join(run): problems for run, problems in zip(runs, pool.map(check, runs), strict=True)}
-    (out / "smoke.json").write_text(json.dumps(found, indent=2) + "\n")
+        list(pool.map(check, runs))
     print(f"Runs and logs: {out}")
     return int(any(found.values()))
 

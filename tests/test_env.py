@@ -48,6 +48,7 @@ def verdicts(torch: tuple[int, int], device: Device) -> dict[str, env.Row]:
         ("CUDA graphs", (2, 13), CPU, False, "NVIDIA GPU"),
         ("CUDA graphs", (2, 13), MI300, False, "NVIDIA GPU"),
         ("CUDA graphs", (2, 13), A100, True, "dense"),
+        ("CUDA graphs", (2, 12), A100, False, "torch >= 2.13"),
         ("expert parallelism", (2, 11), H100, False, "torch >= 2.13, this is 2.11"),
         ("expert parallelism", (2, 13), CPU, True, ""),
         ("expert parallelism", (2, 15), CPU, False, "gloo"),

@@ -80,6 +80,8 @@ def _cuda_graphs(draft: Draft) -> None:
 def _why_no_cuda_graphs(draft: Draft) -> str:
     if not machine.has_gpu():
         return "there is no CUDA device"
+    if not machine.records_attention():
+        return "a recorded step does not take the next one's attention masks with torch < 2.13"
     if draft.get("parallelism", "pipeline_parallel_degree") > 1:
         return "they do not go with pipeline parallelism"
     if draft.get("parallelism", "expert_parallel_degree") > 1 or (draft.model and draft.model.num_experts):

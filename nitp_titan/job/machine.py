@@ -21,6 +21,15 @@ def torch_version() -> tuple[int, int]:
     return found
 
 
+def records_attention() -> bool:
+    """Whether a CUDA graph of a step takes the next one's attention masks.
+
+    TorchTitan compares the structure of flex attention's masks. Up to torch 2.12 it has the mask function in it, a new
+    one in every step.
+    """
+    return torch_version() >= (2, 13)
+
+
 def has_gpu() -> bool:
     """Whether training will find a GPU: a device node, not hidden, and a torch that was built for one."""
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):

@@ -131,6 +131,13 @@ def check_cuda_graphs(draft: Draft) -> Iterator[Problem]:
     """A recorded step repeats itself: what changes or looks into it does not go with CUDA graphs."""
     if draft.get("training", "disable_cuda_graphs"):
         return
+    if not machine.records_attention():
+        yield draft.problem(
+            "training",
+            "disable_cuda_graphs",
+            "found false, expected true: with torch < 2.13 a CUDA graph does not take another step's attention masks, "
+            f"this is torch {'.'.join(map(str, machine.torch_version()))}",
+        )
     for key in ("start_step", "geometry_freq"):
         value = draft.get("nitp", key)
         if value > 0 and (key == "geometry_freq" or draft.get("nitp", "enable")):

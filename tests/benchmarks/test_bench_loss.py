@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import loss
-from benchmarks.heads import IMPLEMENTATIONS, Case, Problem, Unavailable, joint_decoder, ours_with_nitp
+from benchmarks.heads import IMPLEMENTATIONS, Case, Head, Problem, Unavailable, joint_decoder, ours_with_nitp
 from benchmarks.loss import MIB, Memory, summarize_case
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import nitp_loss, pair_mask, shift_left
@@ -95,6 +95,31 @@ def test_what_cannot_run_says_why(monkeypatch):
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     with pytest.raises(Unavailable, match="has no linear_cross_entropy"):
         IMPLEMENTATIONS["torch_chunked"][0](problem)
+
+
+def test_what_fails_does_not_stop_the_others(monkeypatch):
+    """While it is prepared, or when it is timed."""
+
+    def failing(runs: int):
+        def build(problem: Problem) -> Head:
+            whole, calls = IMPLEMENTATIONS["torchtitan_plain"][0](problem), []
+
+            def losses():
+                calls.append(0)
+                if len(calls) > runs:
+                    raise RuntimeError("a kernel broke\nand why")
+                return whole.losses()
+
+            return Head(problem, losses)
+
+        return build
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "at once", (failing(0), ""))
+    monkeypatch.setitem(IMPLEMENTATIONS, "late", (failing(6), ""))  # four times before it is timed
+    found = loss.run_case(CASE, ["at once", "ours", "late", "ours+nitp"], rounds=2, steps=1)
+    assert list(found["implementations"]) == ["ours", "ours+nitp"]
+    assert found["skipped"] == dict.fromkeys(["at once", "late"], "RuntimeError: a kernel broke")
+    assert found["largest_relative_difference_of_losses"] < 1e-5
 
 
 def test_figures_of_a_case():

@@ -18,6 +18,17 @@ def test_all_dependencies_are_asked_for():
     assert {"torch", "torchtitan", "pydantic", "tomli-w"} <= names
 
 
+def test_a_compiler_and_pythons_headers_are_asked_for(tmp_path, monkeypatch):
+    assert list(needs.unmet_by_compiling()) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(needs.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert list(needs.unmet_by_compiling()) == [
+        "no C compiler: install gcc, or set CC",
+        f"no {tmp_path / 'Python.h'}: install Python's headers",
+    ]
+
+
 def test_what_is_missing_old_or_broken_is_named(tmp_path, monkeypatch, capsys):
     broken = tmp_path / "broken_one-1.0.dist-info"
     broken.mkdir()

@@ -164,6 +164,16 @@ def test_expert_parallelism_on_old_torch_is_one_sentence(tmp_path, monkeypatch):
     ]
 
 
+def test_cuda_graphs_of_attention_need_a_torch_that_can_record_it(tmp_path, monkeypatch):
+    graphs = ["--training.no-disable_cuda_graphs"]
+    assert problems(tmp_path, *graphs) == []
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 11))
+    assert problems(tmp_path, *graphs) == [
+        "command line: --training.disable_cuda_graphs: found false, expected true: with torch < 2.13 a CUDA graph does "
+        "not take another step's attention masks, this is torch 2.11"
+    ]
+
+
 def test_exchange_that_gloo_lacks_is_an_error_of_training_alone(tmp_path, monkeypatch):
     job = ["--model.flavor=debug_moe", "--parallelism.expert_parallel_degree=2"]
     monkeypatch.setattr(machine, "torch_version", lambda: (2, 15))

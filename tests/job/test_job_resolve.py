@@ -32,6 +32,7 @@ def job_file(tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 13))
 
 
 def test_precedence_of_all_five_layers(job_file):
@@ -127,6 +128,14 @@ def test_cuda_graphs_are_off_where_they_cannot_work(job_file, gpu, overrides, re
     job = load_job(job_file(), [*overrides, "--training.no-disable_cuda_graphs"], 1)
     assert job["training"]["disable_cuda_graphs"] is False
     assert job.notes == ()
+
+
+def test_cuda_graphs_are_off_with_a_torch_that_cannot_record_attention(job_file, gpu, monkeypatch):
+    monkeypatch.setattr(machine, "torch_version", lambda: (2, 12))
+    job = load_job(job_file(), ["--nitp.geometry_freq=0"], 1)
+    assert job["training"]["disable_cuda_graphs"] is True
+    [note] = job.notes
+    assert "torch < 2.13" in note
 
 
 def test_cuda_graphs_are_off_before_a_start_step(job_file, gpu):
