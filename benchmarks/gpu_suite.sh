@@ -93,7 +93,7 @@ step throughput-0.5b-graphs 110 benchmarks.throughput --config $small --variants
 step loss-32k 90 benchmarks.loss --tokens 32768 --width 896 --out "$out/loss-32k.json"
 
 # 7. What only a GPU can test: attention, experts and losses against a CPU's.
-step gpu-tests 90 pytest -q -m gpu -p no:cacheprovider tests/test_devices.py tests/test_weight_gradient.py \
+step gpu-tests 150 pytest -q -m gpu -p no:cacheprovider tests/test_devices.py tests/test_weight_gradient.py \
     tests/test_linear_cross_entropy.py tests/float8/test_float8_experts.py
 
 # 8. With what time is left: does NITP do what it says, on a small model.

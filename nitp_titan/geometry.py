@@ -163,7 +163,11 @@ class GeometryStatistics:
 def _rank_of(scatter: Tensor, floor: Tensor | float = 0.0) -> Tensor:
     """Return exp(-sum p log p) over the eigenvalues of a symmetric matrix, those up to ``floor`` taken as 0."""
     finite = scatter.isfinite().all()
-    eigenvalues = torch.linalg.eigvalsh(torch.where(finite, scatter, 0))  # raises on NaN; a metric must not end a run
+    # It raises on NaN, and where it does not converge. A metric must not end a run.
+    try:
+        eigenvalues = torch.linalg.eigvalsh(torch.where(finite, scatter, 0))
+    except torch.linalg.LinAlgError:
+        return torch.full((), torch.nan, dtype=scatter.dtype, device=scatter.device)
     eigenvalues = torch.where(eigenvalues > floor, eigenvalues, 0)
     total = eigenvalues.sum()
     p = eigenvalues / torch.where(total > 0, total, 1)

@@ -213,6 +213,16 @@ def test_length_of_rows_does_not_matter_for_the_cosine():
         assert metric(scaled).item() == pytest.approx(metric(rows).item(), rel=1e-12)
 
 
+def test_rank_that_cannot_be_computed_is_nan(monkeypatch):
+    def not_converging(matrix):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", not_converging)
+    found = effective_rank(torch.randn(5, 3))
+    assert found.isnan()
+    assert (found.shape, found.dtype) == ((), torch.float32)
+
+
 def test_zero_rows_have_cosine_zero_with_every_other():
     rows = torch.cat([torch.ones(3, 2), torch.zeros(3, 2)])
     expected = 3 * 2 / (6 * 5)
