@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import results
 from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
-from benchmarks.measure import DeviceClock, Spread, TurnFailed, overhead_by_round, overhead_of_medians, take_turns
+from benchmarks.measure import DeviceClock, Spread, overhead_by_round, overhead_of_medians, take_turns_or_drop_out
 from nitp_titan.nitp_config import CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -122,6 +122,14 @@ def run_case(case: Case, names: Sequence[str], *, rounds: int, steps: int) -> di
     memory: dict[str, Memory] = {}
     losses: dict[str, float] = {}
     skipped: dict[str, str] = {}
+
+    def skip(name: str, error: BaseException) -> None:
+        problem.forget()
+        for found in (heads, memory, losses):
+            found.pop(name, None)
+        kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+        skipped[name] = kind + str(error).partition("\n")[0]
+
     for name in names:
         try:
             head = IMPLEMENTATIONS[name][0](problem)
@@ -134,18 +142,10 @@ def run_case(case: Case, names: Sequence[str], *, rounds: int, steps: int) -> di
             head.forget()
             heads[name] = head
         except Exception as error:  # others' kernels fail in ways of their own; the rest goes on
-            problem.forget()
-            losses.pop(name, None)
-            kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-            skipped[name] = kind + str(error).partition("\n")[0]
-    while True:
-        try:
-            seconds = take_turns(heads, rounds=rounds, steps=steps, settle=1, clock=DeviceClock(case.device))
-            return summarize_case(case, seconds, memory, losses, skipped)
-        except TurnFailed as turn:
-            del heads[turn.name], memory[turn.name], losses[turn.name]
-            skipped[turn.name] = f"{type(turn.__cause__).__name__}: {turn.__cause__}".partition("\n")[0]
-            problem.forget()
+            skip(name, error)
+    clock = DeviceClock(case.device)
+    seconds = take_turns_or_drop_out(heads, skip, rounds=rounds, steps=steps, settle=1, clock=clock)
+    return summarize_case(case, seconds, memory, losses, skipped)
 
 
 class Memory(NamedTuple):

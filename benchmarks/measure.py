@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 Clock = Callable[[], float]
 """Returns the seconds at which all work given to the device so far is done."""
@@ -84,6 +84,32 @@ def take_turns(
                 raise TurnFailed(name) from error
         after_round(seconds)
     return seconds
+
+
+def take_turns_or_drop_out(
+    runners: Mapping[str, Runner],
+    drop: Callable[[str, BaseException], None],
+    *,
+    before: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> dict[str, list[float]]:
+    """``take_turns`` of the runners that last: if one fails, the others begin anew without it.
+
+    Args:
+        drop: is given the name of one that failed, and why; it takes it out of ``runners``, or raises.
+        before: is called whenever they begin, when nothing holds a failure's memory any more.
+        options: those of ``take_turns``.
+
+    Returns:
+        name -> seconds a step; nothing if none lasts.
+    """
+    while runners:
+        before()
+        try:
+            return take_turns(runners, **options)
+        except TurnFailed as turn:
+            drop(turn.name, turn.__cause__ or turn)
+    return {}
 
 
 def _turn(runner: Runner, steps: int, settle: int, clock: Clock) -> float:

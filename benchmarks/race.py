@@ -11,7 +11,7 @@ from torchtitan.tools import utils
 
 from benchmarks import jobs, memory
 from benchmarks.contestant import Contestant
-from benchmarks.measure import DeviceClock, TurnFailed, take_turns
+from benchmarks.measure import DeviceClock, TurnFailed, take_turns_or_drop_out
 from benchmarks.summary import Figures
 
 
@@ -47,22 +47,22 @@ class Race:
         self, *, rounds: int, steps: int, settle: int, after_round: Callable[[dict[str, list[float]]], None]
     ) -> dict[str, list[float]]:
         """Time all, as :func:`benchmarks.measure.take_turns`; if one fails, the others begin anew without it."""
-        while self.contestants:
-            memory.collect(utils.device_type)
-            try:
-                return take_turns(
-                    self.contestants,
-                    rounds=rounds,
-                    steps=steps,
-                    settle=settle,
-                    clock=DeviceClock(utils.device_type),
-                    after_round=after_round,
-                )
-            except TurnFailed as turn:
-                if not self._alone:
-                    raise
-                self._drop(turn.name, turn.__cause__ or turn)
-        return {}
+
+        def drop(name: str, error: BaseException) -> None:
+            if not self._alone:
+                raise TurnFailed(name) from error
+            self._drop(name, error)
+
+        return take_turns_or_drop_out(
+            self.contestants,
+            drop,
+            before=lambda: memory.collect(utils.device_type),
+            rounds=rounds,
+            steps=steps,
+            settle=settle,
+            clock=DeviceClock(utils.device_type),
+            after_round=after_round,
+        )
 
     def last_losses(self) -> dict[str, float]:
         """Run one more step of each; return the losses."""

@@ -13,6 +13,7 @@ from benchmarks.measure import (
     overhead_of_medians,
     overhead_percent,
     take_turns,
+    take_turns_or_drop_out,
 )
 
 
@@ -46,6 +47,32 @@ def test_turns_alternate_in_the_order_given():
     take_turns(runners, rounds=3, steps=4, settle=2, clock=clock)
     turn = ["{0}2", "clock", "{0}4", "clock", "{0} releases"]
     assert clock.events == [event.format(name) for _ in range(3) for name in "BA" for event in turn]
+
+
+def test_others_begin_anew_without_one_that_fails():
+    clock, befores, dropped = FakeClock(), [], []
+    runners = {name: FakeRunner(name, 1.0, clock) for name in ("A", "B", "C")}
+
+    def fail_late(steps: int) -> None:
+        if clock.now > 3:
+            raise OSError("no room")
+        clock.now += steps
+
+    def fail(steps: int) -> None:
+        raise OSError("at once")
+
+    runners["A"].run, runners["C"].run = fail_late, fail
+
+    def drop(name: str, error: BaseException) -> None:
+        dropped.append((name, str(error)))
+        del runners[name]
+
+    options = {"rounds": 2, "steps": 1, "settle": 0, "clock": clock, "before": lambda: befores.append(sorted(runners))}
+    assert take_turns_or_drop_out(runners, drop, **options) == {"B": [1.0, 1.0]}
+    assert dropped == [("C", "at once"), ("A", "no room")]
+    assert befores == [["A", "B", "C"], ["A", "B"], ["B"]]
+    runners["B"].run = fail
+    assert take_turns_or_drop_out(runners, drop, **options) == {}
 
 
 def test_seconds_are_those_of_a_timed_step():

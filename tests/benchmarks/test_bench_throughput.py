@@ -174,8 +174,14 @@ def test_a_variant_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, ca
             config.dump_folder = "fails"
         return config
 
+    closed = []
+
     class Failing(Contestant):
         turns = 0
+
+        def close(self) -> None:
+            closed.append(self.trainer.config.dump_folder)
+            super().close()
 
         def run(self, steps: int) -> None:
             self.turns += 1
@@ -191,6 +197,9 @@ def test_a_variant_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, ca
     assert found["rounds"] == 3
     assert found["failed"] == {"mtp": "RuntimeError: out of something", "stock": "OutOfMemoryError: no room"}
     assert "mtp failed: RuntimeError" in capsys.readouterr().out
+    # It is ended when it drops out, the others at the end.
+    assert closed[0] == "fails"
+    assert len(closed) == 3
 
 
 def test_every_round_is_written(tmp_path, monkeypatch):
