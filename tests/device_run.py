@@ -6,6 +6,7 @@ A process trains on one kind of device, since the CPU's shims take flex attentio
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from nitp_titan.runtime import prepare
 
 
 def losses_and_gradients(flavor: str, device: str) -> dict[str, torch.Tensor]:
-    """Return, on the CPU, both loss sums and every gradient of a debug model in fp32 with NITP, for a packed batch."""
+    """Return, on the CPU, both loss sums and every gradient of a debug model in fp32 with NITP, for a packed batch.
+
+    "waits" has how often that waited for the device, which a step must not do.
+    """
     from nitp_titan.decoder import nitp_model_spec
     from nitp_titan.nitp_config import NITPConfig
     from tests.decoders import backbone, built, packed_batch
@@ -24,11 +28,20 @@ def losses_and_gradients(flavor: str, device: str) -> dict[str, torch.Tensor]:
     documents = ((100, 1, 90, 65), (256,))
     tokens, positions, labels = (x.to(device) for x in packed_batch(spec.model.vocab_size, documents=documents))
     masks = model.get_attention_masks(positions=positions)
-    sums = model(tokens, positions=positions, attention_masks=masks, labels=labels)[0]
-    sums.sum().backward()
+    for _ in range(2):  # the first compiles attention, and may wait as it tries kernels
+        model.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            sums = model(tokens, positions=positions, attention_masks=masks, labels=labels)[0]
+            sums.sum().backward()
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
     found = {"ntp": sums[0].detach(), "nitp": sums[1].detach()}
     found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {name: value.cpu() for name, value in found.items()}
+    return {name: value.cpu() for name, value in found.items()} | {"waits": torch.tensor(waits)}
 
 
 def main(flavor: str, file: str) -> None:
