@@ -97,7 +97,7 @@ def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Modu
         with torch.device("meta"), set_default_dtype(next(model.parameters()).dtype):
             model.projector = model.config.projector.build()  # pyrefly: ignore [missing-attribute]
     compile_config = kwargs["compile_config"]
-    model.compile_early = compile_config.enable
+    model.compile_early = frozenset({True, False}) if compile_config.enable else frozenset()
     if compile_config.enable and "model" in compile_config.components and model.projector is not None:
         model.projector.compile(backend=compile_config.backend, fullgraph=True)
     # pyrefly: ignore [missing-attribute]

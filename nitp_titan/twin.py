@@ -36,8 +36,9 @@ class NITPDecoder:
     nitp_active: bool = True
     """Whether this step has the NITP term; the trainer clears it before ``nitp.start_step``."""
 
-    compile_early: bool = False
-    """Whether the first step is to compile the NITP branch even if it is inactive, rather than a step in mid-run."""
+    compile_early: frozenset[bool] = frozenset()
+    """Of which passes (with gradients: True, without: False) the next is to compile the NITP branch even if it is
+    inactive, rather than one in mid-run."""
 
     sequence: SequenceShards = SequenceShards()
     """How sequences are spread over ranks; set where the model is parallelized."""
@@ -129,10 +130,10 @@ class NITPDecoder:
         if self.nitp_active:
             nitp_sum = self._nitp_sum(h_BLD, target_BLD, pairs)
         else:
-            if self.compile_early and torch.is_grad_enabled():
-                self._nitp_sum(h_BLD, target_BLD, pairs)
+            if torch.is_grad_enabled() in self.compile_early:
+                self._run_in_vain(h_BLD, target_BLD, pairs)
             nitp_sum = torch.zeros_like(ntp_sum)
-        self.compile_early = self.compile_early and not torch.is_grad_enabled()
+        self.compile_early -= {torch.is_grad_enabled()}
         # Joined rather than viewed as (1, 2): FSDP hooks into what a module returns.
         return torch.cat([ntp_sum.view(1, 1), nitp_sum.view(1, 1)], dim=1)
 
@@ -146,6 +147,13 @@ class NITPDecoder:
     def _cut(self, target_BLD: torch.Tensor) -> torch.Tensor:
         # Cut early, not in the loss alone: moving a target between ranks has a backward pass of its own.
         return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD  # pyrefly: ignore
+
+    def _run_in_vain(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> None:
+        """Run the NITP branch forward and backward, so that it is compiled, and leave nothing of it."""
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in (h_BLD, target_BLD)]
+        nitp_sum = self._nitp_sum(*leaves, mask_BL)
+        if nitp_sum.requires_grad:
+            torch.autograd.grad(nitp_sum, [x for x in leaves if x.requires_grad], allow_unused=True)
 
     def _nitp_sum(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Return the sum of NITP losses over the pairs of the batch, a chunk of tokens at a time.

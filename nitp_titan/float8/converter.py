@@ -25,15 +25,15 @@ from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 from nitp_titan.configs import retyped
 from nitp_titan.decoder import PROJECTOR_PREFIX
 from nitp_titan.float8.config import Float8Config
-from nitp_titan.float8.plan import (
+from nitp_titan.float8.layers import (
     MULTIPLE,
     LinearLayer,
-    Plan,
+    RoutedExperts,
     experts_problem,
-    plan,
     tokens_at_a_time,
     unmatched,
 )
+from nitp_titan.float8.plan import Plan, plan
 
 if TYPE_CHECKING:
     from nitp_titan.trainer import NITPTrainer
@@ -56,6 +56,7 @@ class Float8Converter(QuantizationConverter):
         tokens: int
         """A rank's at a time."""
         tensor_parallel: int = 1
+        expert_parallel: int = 1
 
     def __init__(self, config: Config):
         self.config = config
@@ -85,15 +86,25 @@ class Float8Converter(QuantizationConverter):
             )
             for name, linear, _, _ in model_config.traverse(Linear.Config)
         ]
-        experts = [experts for _, experts, _, _ in model_config.traverse(GroupedExperts.Config)]
+        experts = [
+            RoutedExperts(
+                name=name.removesuffix(f".{attribute}"),
+                dim=experts.dim,
+                hidden_dim=experts.hidden_dim,
+                num_experts=experts.num_experts,
+                top_k=parent.token_dispatcher.top_k,
+            )
+            for name, experts, parent, attribute in model_config.traverse(GroupedExperts.Config)
+        ]
         if problems := list(_problems(config.float8, layers, experts, config.tokens)):
             raise ValueError("; ".join(problems))
         return plan(
             config.float8,
             layers,
             tokens=config.tokens,
+            experts=experts,
             tensor_parallel=config.tensor_parallel,
-            experts=len(experts),
+            expert_parallel=config.expert_parallel,
         )
 
     def convert(self, model_config: Any) -> Any:
@@ -124,7 +135,9 @@ def _has_grouped_products() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def _problems(config: Float8Config, layers: list[LinearLayer], experts: list[Any], tokens: int) -> Iterator[str]:
+def _problems(
+    config: Float8Config, layers: list[LinearLayer], experts: list[RoutedExperts], tokens: int
+) -> Iterator[str]:
     for word, near in unmatched(config, layers):
         hint = f'; did you mean "{near}"?' if near else ""
         yield f'float8.filter_fqns: found "{word}", which is in no linear layer\'s name{hint}'
@@ -183,6 +196,7 @@ def with_float8(config: NITPTrainer.Config) -> NITPTrainer.Config:
         float8=config.float8,
         tokens=tokens,
         tensor_parallel=parallelism.tensor_parallel_degree,
+        expert_parallel=parallelism.expert_parallel_degree,
         model_compile_enabled=compile_config.enable and "model" in compile_config.components,
     ).build()
     # A copy: the caller's specification stays as it was.

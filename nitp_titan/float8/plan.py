@@ -1,57 +1,25 @@
-"""Which linear layers a job converts to float8, which it leaves and why. Free of torch.
+"""Which layers a job converts to float8, which it leaves and why. Free of torch.
 
 The converter and ``nitp-titan check`` decide by the same function: one reads the layers off a model's configuration,
-the other off the shape of a model of ours (:func:`layers_of_shape`).
+the other off the shape of a model of ours (``layers.py``).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from nitp_titan.costs import has_projector
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.float8.gain import times, why_no_gain
-from nitp_titan.models.flavors import Shape
-from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
+from nitp_titan.float8.layers import MULTIPLE, LinearLayer, RoutedExperts
 
-MULTIPLE = 16
-"""What every dimension of a float8 product must be a multiple of."""
+EXPERTS_RECIPE = "rowwise"
+"""Of routed experts, whatever the linears': torchao has kernels for no other."""
 
 # As in TorchTitan's own float8 jobs: the logits and the choice of experts stay in high precision.
 _ALWAYS_LEFT = {"lm_head": "the unembedding stays in high precision", "router.gate": "routers stay in high precision"}
-
-# How TorchTitan's decoders shard a linear over tensor parallelism, by the last part of its name: these by input
-# features, these not at all, all others by output features.
-_SHARDED_BY_INPUT = ("wo", "w2")
-_NOT_SHARDED = ("wq_a", "wkv_a", "gate")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearLayer:
-    """A linear layer of a model."""
-
-    name: str
-    in_features: int
-    out_features: int
-    special: bool = False
-    """Whether its class multiplies in a way of its own."""
-    at_most: int | None = None
-    """Tokens that it takes at a time; None = all of a micro-batch."""
-
-    def local(self, tensor_parallel: int) -> tuple[int, int]:
-        """Return (K, N): the input and output features that one rank multiplies."""
-        last = self.name.rsplit(".", 1)[-1]
-        if last in _NOT_SHARDED:
-            return self.in_features, self.out_features
-        if last in _SHARDED_BY_INPUT:
-            return self.in_features // tensor_parallel, self.out_features
-        return self.in_features, self.out_features // tensor_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +35,37 @@ class Choice:
     """Why float8 is expected not to be faster, of a layer that could be converted."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsChoice:
+    """What becomes of a block's routed experts: they are converted, rowwise, where ``float8.experts`` is on."""
+
+    experts: RoutedExperts
+    shape: tuple[int, int, int, int]
+    """(M, D, H, G) of one rank."""
+
+    @property
+    def no_gain(self) -> str:
+        """Why float8 is expected not to be faster, or ""."""
+        m, d, h, groups = self.shape
+        reasons = (why_no_gain(EXPERTS_RECIPE, m, k, n, groups) for k, n in ((d, h), (h, d)))
+        return next(filter(None, reasons), "")
+
+    def speedup(self) -> float:
+        """Return their time in bf16 over that in float8, by the roofline."""
+        m, d, h, groups = self.shape
+        pairs = [times(EXPERTS_RECIPE, m, k, n, groups) for k, n in ((d, h), (d, h), (h, d))]
+        bf16, float8 = (sum(column) for column in zip(*pairs, strict=True))
+        return bf16 / float8
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What becomes of a model's linear layers."""
+    """What becomes of a model's linear layers and routed experts."""
 
     config: Float8Config
     choices: tuple[Choice, ...]
-    experts: int = 0
-    """Blocks whose routed experts are converted."""
+    experts: tuple[ExpertsChoice, ...] = ()
+    """Of the blocks whose routed experts are converted."""
 
     @property
     def converted(self) -> list[Choice]:
@@ -97,7 +88,7 @@ class Plan:
             )
             text += f" ({verdict})"
         if self.experts:
-            text += f", and the routed experts of {self.experts} blocks (rowwise)"
+            text += f", and the routed experts of {len(self.experts)} blocks ({EXPERTS_RECIPE})"
         return text + ("; emulated" if self.config.emulate else "")
 
     def lines(self) -> Iterator[str]:
@@ -108,6 +99,13 @@ class Plan:
             what = choice.left_because or choice.no_gain or f"at most {bf16 / float8:.2f}x as fast"
             count = f" x {len(group)}" if len(group) > 1 else ""
             yield f"{'left     ' if choice.left_because else 'converted'} {_name(group)}{count}, {k} -> {n}: {what}"
+        kinds: dict[Any, list[ExpertsChoice]] = {}
+        for found in self.experts:
+            kinds.setdefault((_without_numbers(found.experts.name), found.shape), []).append(found)
+        for (name, (_, d, h, experts)), alike in kinds.items():
+            what = alike[0].no_gain or f"at most {alike[0].speedup():.2f}x as fast"
+            count = f" x {len(alike)}" if len(alike) > 1 else ""
+            yield f"converted {name}{count}, {experts} experts of {d} -> {h} -> {d}: {what}"
 
     def warnings(self, *, compiled: bool, gpu: bool) -> Iterator[str]:
         """Yield what the user should know before a run: nothing converted, or slower than bf16.
@@ -129,14 +127,27 @@ class Plan:
                 f"float8 {recipe}: no gain expected on {len(losing)} of {len(self.converted)} converted layers: "
                 f'{kinds}; filter_fqns = ["{AUTO_FILTER}"] leaves them'
             )
+        if not emulate and (losing := [found for found in self.experts if found.no_gain]):
+            blocks = f"{len(losing)} of {len(self.experts)} blocks"
+            yield (
+                f"float8.experts: no gain expected on the routed experts of {blocks}: {losing[0].no_gain}; "
+                "experts = false leaves them"
+            )
         if emulate and gpu:
             yield "float8.emulate is on: float8's numbers at less than the speed of bf16"
         if not emulate and not compiled:
-            yield "float8 gains nothing without torch.compile, which fuses its casts: set compile.enable = true"
+            advice = 'set compile.enable = true, with "model" in compile.components'
+            yield f"float8 gains nothing without torch.compile of the model, which fuses its casts: {advice}"
 
 
 def plan(
-    config: Float8Config, layers: Iterable[LinearLayer], *, tokens: int, tensor_parallel: int = 1, experts: int = 0
+    config: Float8Config,
+    layers: Iterable[LinearLayer],
+    *,
+    tokens: int,
+    experts: Iterable[RoutedExperts] = (),
+    tensor_parallel: int = 1,
+    expert_parallel: int = 1,
 ) -> Plan:
     """Decide what becomes of each layer.
 
@@ -144,8 +155,9 @@ def plan(
         config: the ``[float8]`` table, with a recipe other than "none".
         layers: the linear layers of the model.
         tokens: a rank's at a time.
+        experts: those of each block that has some; they count where ``config.experts`` is set.
         tensor_parallel: degree of tensor parallelism.
-        experts: blocks with routed experts; they count where ``config.experts`` is set.
+        expert_parallel: degree of expert parallelism.
     """
     names = [name for name in config.filter_fqns if name != AUTO_FILTER]
     automatic = AUTO_FILTER in config.filter_fqns
@@ -155,7 +167,9 @@ def plan(
         why = _why_left(layer, shape[1:], names)
         no_gain = "" if why else why_no_gain(config.recipe, *shape)
         choices.append(Choice(layer, shape, why or (no_gain if automatic else ""), no_gain))
-    return Plan(config=config, choices=tuple(choices), experts=experts if config.experts else 0)
+    degrees = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    chosen = [ExpertsChoice(each, each.local(tokens, **degrees)) for each in experts if config.experts]
+    return Plan(config=config, choices=tuple(choices), experts=tuple(chosen))
 
 
 def _why_left(layer: LinearLayer, features: Iterable[int], filter_fqns: list[str]) -> str:
@@ -169,73 +183,6 @@ def _why_left(layer: LinearLayer, features: Iterable[int], filter_fqns: list[str
     if any(size % MULTIPLE for size in features):
         return f"not a multiple of {MULTIPLE}"
     return ""
-
-
-def tokens_at_a_time(sequences: int, seq_len: int, *, context: int, pipeline: int, microbatch: int) -> int:
-    """Return the tokens that a rank has at a time.
-
-    Args:
-        sequences: a rank's local batch size.
-        context: degree of context parallelism.
-        pipeline: degree of pipeline parallelism.
-        microbatch: sequences of a pipeline's micro-batch.
-    """
-    return (microbatch if pipeline > 1 else sequences) * seq_len // context
-
-
-def experts_problem(dim: int, hidden_dim: int) -> str:
-    """Return why routed experts of this shape cannot be float8, or ""."""
-    wrong = [str(size) for size in (dim, hidden_dim) if size % MULTIPLE]
-    return f"the experts' {' and '.join(wrong)} should be a multiple of {MULTIPLE}" if wrong else ""
-
-
-def unmatched(config: Float8Config, layers: Iterable[LinearLayer]) -> Iterator[tuple[str, str]]:
-    """Yield (word of ``filter_fqns`` that is in no layer's name, nearest part of one or "")."""
-    # The projector's also where NITP is off, so that one file serves both sides of a comparison.
-    names = [*(layer.name for layer in layers), *(f"projector.w{part}" for part in (1, 2, 3))]
-    known = {AUTO_FILTER: None}
-    for name in names:
-        parts = [part for part in name.split(".") if not part.isdigit()]
-        known |= dict.fromkeys([*parts, *(".".join(pair) for pair in pairwise(parts))])
-    for word in config.filter_fqns:
-        if word != AUTO_FILTER and not any(word in name for name in names):
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-            yield word, near[0] if near else ""
-
-
-def layers_of_shape(shape: Shape, nitp: NITPConfig, *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[LinearLayer]:
-    """Yield the linear layers of a model of ours and of NITP's projector.
-
-    Args:
-        chunk_tokens: of the loss.
-    """
-    d, heads = shape.dim, shape.n_heads * shape.head_dim
-    yield _layer("lm_head", d, shape.vocab_size)
-    for index in range(shape.n_layers):
-        block = f"layers.{index}"
-        yield _layer(f"{block}.attention.qkv_linear.wqkv", d, heads + 2 * shape.n_kv_heads * shape.head_dim)
-        yield _layer(f"{block}.attention.wo", heads, d)
-        if index < shape.n_layers - shape.moe_layers():
-            yield from _feed_forward(f"{block}.feed_forward", d, shape.hidden_dim)
-            continue
-        yield _layer(f"{block}.moe.router.gate", d, shape.num_experts)
-        if shape.num_shared_experts:
-            width = shape.expert_hidden_dim * shape.num_shared_experts
-            yield from _feed_forward(f"{block}.moe.shared_experts", d, width)
-    if has_projector(nitp):
-        at_most = nitp.projector_tokens(chunk_tokens, dim=d, vocab_size=shape.vocab_size)
-        for layer in _feed_forward("projector", d, nitp.projector_ratio * d):
-            yield dataclasses.replace(layer, at_most=at_most)
-
-
-def _layer(name: str, in_features: int, out_features: int) -> LinearLayer:
-    return LinearLayer(name=name, in_features=in_features, out_features=out_features)
-
-
-def _feed_forward(name: str, dim: int, hidden: int) -> Iterator[LinearLayer]:
-    for part in ("w1", "w3"):
-        yield _layer(f"{name}.{part}", dim, hidden)
-    yield _layer(f"{name}.w2", hidden, dim)
 
 
 def _groups(choices: Iterable[Choice]) -> list[list[Choice]]:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nitp_titan.float8.config import Float8Config
-from nitp_titan.float8.plan import (
+from nitp_titan.float8.layers import (
     MULTIPLE,
-    Plan,
+    experts_of_shape,
     experts_problem,
     layers_of_shape,
-    plan,
     tokens_at_a_time,
     unmatched,
 )
+from nitp_titan.float8.plan import Plan, plan
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
@@ -82,8 +82,9 @@ def _plan(job: Job) -> Plan | None:
         job.float8,
         layers_of_shape(job.shape, job.nitp, chunk_tokens=job["loss"]["chunk_tokens"]),
         tokens=_tokens(job.layout, lambda table, key: job[table][key]),
+        experts=experts_of_shape(job.shape),
         tensor_parallel=job.layout.tensor,
-        experts=job.shape.moe_layers(),
+        expert_parallel=job.layout.expert,
     )
 
 

@@ -55,3 +55,14 @@ def test_tensorwise_gains_where_rowwise_does_not():
     # The feed-forward of the paper's 0.5B model at 65,536 tokens.
     assert why_no_gain("tensorwise", 65536, 896, 4864) == ""
     assert "K <= 1024" in why_no_gain("rowwise", 65536, 896, 4864)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_grouped_product_takes_one_kernel_and_the_weights_of_all_groups(recipe):
+    m, k, n, groups = 2**20, 5120, 8192, 16
+    together, alone = times(recipe, m, k, n, groups), times(recipe, m // groups, k, n)
+    # Of so many tokens a group that nothing is as short as a kernel's least time, groups are as good as apart.
+    assert together == pytest.approx([groups * seconds for seconds in alone], rel=1e-3)
+    few = times(recipe, 16 * groups, 64, 64, groups)
+    assert max(few) < groups * min(times(recipe, 16, 64, 64))
+    assert times(recipe, m, k, n, 1) == times(recipe, m, k, n)

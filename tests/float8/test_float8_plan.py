@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-import pytest
-import spmd_types as spmd
-from torchtitan.distributed.parallel_dims import MeshAxisName
-from torchtitan.models.common.linear import Linear
-
-from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.float8.gain import times
-from nitp_titan.float8.plan import LinearLayer, experts_problem, layers_of_shape, plan, tokens_at_a_time, unmatched
+from nitp_titan.float8.layers import LinearLayer, RoutedExperts, experts_of_shape, layers_of_shape
+from nitp_titan.float8.plan import plan
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.models.registry import decoder_config, model_registry
 from nitp_titan.nitp_config import NITPConfig
-from tests.decoders import ODD_SHAPES, OWN, STOCK, backbone
-from tests.trainers import trainer_config
 
-SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD_SHAPES
 LAYERS = [
     LinearLayer(name="lm_head", in_features=2048, out_features=32000),
     LinearLayer(name="layers.0.attention.wo", in_features=4096, out_features=4096),
@@ -39,37 +31,6 @@ def planned(tokens: int = 16384, tensor_parallel: int = 1, layers=LAYERS, **floa
 
 def converted(made) -> list[str]:
     return [choice.layer.name for choice in made.converted]
-
-
-@pytest.mark.parametrize("nitp", [NITPConfig(), NITPConfig(projector_ratio=3), NITPConfig(enable=False)], ids=repr)
-@pytest.mark.parametrize("name", SHAPES)
-def test_layers_of_a_shape_are_those_of_the_model(name, nitp):
-    shape = SHAPES[name]
-    spec = model_registry("debug")
-    spec.model = decoder_config(shape)
-    config = nitp_model_spec(spec, nitp).model
-    built = {fqn: (c.in_features, c.out_features) for fqn, c, _, _ in config.traverse(Linear.Config)}
-    assert {layer.name: (layer.in_features, layer.out_features) for layer in layers_of_shape(shape, nitp)} == built
-
-
-@pytest.mark.parametrize(("module", "flavor"), STOCK + OWN)
-def test_local_shapes_are_those_of_torchtitans_sharding(module, flavor, tmp_path):
-    config = trainer_config(tmp_path, tmp_path)
-    config.parallelism.tensor_parallel_degree = 2
-    model = nitp_model_spec(backbone(module, flavor), NITPConfig()).model
-    model.update_from_config(config=config)
-    seen = set()
-    for name, linear, _, _ in model.traverse(Linear.Config):
-        layer = LinearLayer(name=name, in_features=linear.in_features, out_features=linear.out_features)
-        layout = (
-            linear.sharding_config.state_shardings["weight"].per_axis_spmd_types() if linear.sharding_config else {}
-        )
-        placement = layout.get(MeshAxisName.TP)
-        dim = placement.dim if isinstance(placement, spmd.Shard) else None
-        k, n = linear.in_features, linear.out_features
-        assert layer.local(2) == {None: (k, n), 0: (k, n // 2), 1: (k // 2, n)}[dim], name
-        seen.add(dim)
-    assert {0, 1} <= seen
 
 
 def test_what_is_left_has_a_reason():
@@ -133,40 +94,61 @@ def test_a_loss_and_an_empty_conversion_are_told():
     assert "no gain expected" in only_small.summary()
 
 
+WIDE = RoutedExperts(name="layers.1.moe.routed_experts", dim=5120, hidden_dim=8192, num_experts=4, top_k=1)
+
+
+def with_experts(*experts: RoutedExperts, tokens: int = 65536, on: bool = True, emulate: bool = False):
+    config = Float8Config(recipe="tensorwise", filter_fqns=["layers", "lm_head"], experts=on, emulate=emulate)
+    return plan(config, LAYERS, tokens=tokens, experts=experts)
+
+
 def test_experts_alone_are_something():
-    config = Float8Config(recipe="rowwise", filter_fqns=["layers"], experts=True)
-    made = plan(config, LAYERS, tokens=16384, experts=3)
+    made = with_experts(WIDE)
     assert list(made.warnings(compiled=True, gpu=True)) == []
-    assert "the routed experts of 3 blocks (rowwise)" in made.summary()
-    assert plan(Float8Config(recipe="rowwise"), LAYERS, tokens=16384, experts=3).experts == 0
+    assert "the routed experts of 1 blocks (rowwise)" in made.summary()
+    # Gate, up and down: three products of one size.
+    bf16, float8 = times("rowwise", 65536, 5120, 8192, 4)
+    line = list(made.lines())[-1]
+    name = "layers.*.moe.routed_experts"
+    assert line == f"converted {name}, 4 experts of 5120 -> 8192 -> 5120: at most {bf16 / float8:.2f}x as fast"
+    assert with_experts(WIDE, on=False).experts == ()
+
+
+def test_experts_that_do_not_gain_are_told():
+    narrow = dataclasses.replace(WIDE, name="layers.2.moe.routed_experts", hidden_dim=640)
+    others = dataclasses.replace(narrow, name="layers.3.moe.routed_experts")
+    made = with_experts(WIDE, narrow, others)
+    [warning] = made.warnings(compiled=True, gpu=True)
+    assert warning == (
+        "float8.experts: no gain expected on the routed experts of 2 of 3 blocks: too small by torchao's measurements "
+        "(N <= 2048); experts = false leaves them"
+    )
+    reason = "too small by torchao's measurements (N <= 2048)"
+    line = f"converted layers.*.moe.routed_experts x 2, 4 experts of 5120 -> 640 -> 5120: {reason}"
+    assert list(made.lines())[-1] == line
+    assert list(with_experts(narrow, emulate=True).warnings(compiled=True, gpu=False)) == []
+    # Wide enough, but with few tokens each: the weights are cast for them alone.
+    [warning] = with_experts(WIDE, tokens=2048).warnings(compiled=True, gpu=True)
+    assert "no gain by torchao's roofline" in warning
+
+
+def test_the_papers_routed_experts_do_not_gain():
+    for name, flavor in FLAVORS.items():
+        if flavor.shape.num_experts and not name.startswith("debug"):
+            training = flavor.job_defaults["training"]
+            tokens = training["local_batch_size"] * training["seq_len"]
+            made = with_experts(*experts_of_shape(flavor.shape), tokens=tokens)
+            assert made.experts
+            assert all(found.no_gain and found.speedup() < 1 for found in made.experts), name
 
 
 def test_eager_and_emulated_runs_are_told():
     automatic = [AUTO_FILTER]
     [warning] = planned(filter_fqns=automatic).warnings(compiled=False, gpu=True)
-    assert "gains nothing without torch.compile" in warning
+    assert warning.endswith('set compile.enable = true, with "model" in compile.components')
     [warning] = planned(filter_fqns=automatic, emulate=True).warnings(compiled=False, gpu=True)
     assert "float8.emulate is on" in warning
     assert list(planned(emulate=True).warnings(compiled=False, gpu=False)) == []
-
-
-def test_words_that_match_nothing():
-    words = ["atention", "wo", "attention.w", AUTO_FILTER, "xyzzy", "feed_forward.w9"]
-    assert list(unmatched(Float8Config(filter_fqns=words), LAYERS)) == [
-        ("atention", "attention"),
-        ("xyzzy", ""),
-        ("feed_forward.w9", "feed_forward.w2"),
-    ]
-
-
-def test_tokens_of_a_product():
-    assert tokens_at_a_time(4, 8192, context=1, pipeline=1, microbatch=1) == 32768
-    assert tokens_at_a_time(4, 8192, context=2, pipeline=2, microbatch=1) == 4096
-
-
-def test_experts_of_odd_widths():
-    assert experts_problem(128, 496) == ""
-    assert experts_problem(128, 500) == "the experts' 500 should be a multiple of 16"
 
 
 def test_the_documented_table_is_the_plans():
