@@ -65,8 +65,10 @@ def cpu_ratios(results: Results) -> list[str]:
             _, by_round, memory = overheads(result, name)
             lines.append(f"| `{result['config']}` | {name} | {by_round} | {memory} |")
     found = [*results.throughput, *results.loss]
-    commits = sorted({result["commit"][:9] for result in found})
-    lines += ["", f"{found[0]['device']}, torch {found[0]['torch']}, commit {', '.join(commits)}."] if found else []
+    keys = ("device", "torch", "commit")
+    devices, versions, commits = (", ".join(sorted({result[key] for result in found})) for key in keys)
+    commits = ", ".join(commit[:9] for commit in commits.split(", "))
+    lines += ["", f"{devices}; torch {versions}; commit {commits}."] if found else []
     lines += ["", "| loss, on a CPU | implementation | time in ours | peak MiB |", "|---|---|---|---|"]
     for case in (case for result in results.loss for case in result["cases"]):
         for name, values in case["implementations"].items():
