@@ -65,10 +65,11 @@ def cpu_ratios(results: Results) -> list[str]:
             _, by_round, memory = overheads(result, name)
             lines.append(f"| `{result['config']}` | {name} | {by_round} | {memory} |")
     found = [*results.throughput, *results.loss]
-    keys = ("device", "torch", "commit")
-    devices, versions, commits = (", ".join(sorted({result[key] for result in found})) for key in keys)
-    commits = ", ".join(commit[:9] for commit in commits.split(", "))
-    lines += ["", f"{devices}; torch {versions}; commit {commits}."] if found else []
+
+    def all_of(key: str, length: int | None = None) -> str:
+        return ", ".join(sorted({result[key][:length] for result in found}))
+
+    lines += ["", f"{all_of('device')}; torch {all_of('torch')}; commit {all_of('commit', 9)}."] if found else []
     lines += ["", "| loss, on a CPU | implementation | time in ours | peak MiB |", "|---|---|---|---|"]
     for case in (case for result in results.loss for case in result["cases"]):
         for name, values in case["implementations"].items():

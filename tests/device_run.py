@@ -28,16 +28,14 @@ def losses_and_gradients(flavor: str, device: str) -> dict[str, torch.Tensor]:
     documents = ((100, 1, 90, 65), (256,))
     tokens, positions, labels = (x.to(device) for x in packed_batch(spec.model.vocab_size, documents=documents))
     masks = model.get_attention_masks(positions=positions)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
     for _ in range(2):  # the first compiles attention, and may wait as it tries kernels
         model.zero_grad()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("warn")
             sums = model(tokens, positions=positions, attention_masks=masks, labels=labels)[0]
             sums.sum().backward()
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
     found = {"ntp": sums[0].detach(), "nitp": sums[1].detach()}
     found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

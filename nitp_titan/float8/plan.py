@@ -7,13 +7,15 @@ the other off the shape of a model of ours (``layers.py``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.float8.gain import times, why_no_gain
 from nitp_titan.float8.layers import MULTIPLE, LinearLayer, RoutedExperts
+
+T = TypeVar("T")
 
 EXPERTS_RECIPE = "rowwise"
 """Of routed experts, whatever the linears': torchao has kernels for no other."""
@@ -53,9 +55,7 @@ class ExpertsChoice:
     def speedup(self) -> float:
         """Return their time in bf16 over that in float8, by the roofline."""
         m, d, h, groups = self.shape
-        pairs = [times(EXPERTS_RECIPE, m, k, n, groups) for k, n in ((d, h), (d, h), (h, d))]
-        bf16, float8 = (sum(column) for column in zip(*pairs, strict=True))
-        return bf16 / float8
+        return _speedup(times(EXPERTS_RECIPE, m, k, n, groups) for k, n in ((d, h), (d, h), (h, d)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +74,7 @@ class Plan:
 
     def speedup(self) -> float:
         """Return the time of the converted layers in bf16 over that in float8, by torchao's roofline; 1 of none."""
-        pairs = [times(self.config.recipe, *choice.shape) for choice in self.converted]
-        bf16, float8 = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (1.0, 1.0)
-        return bf16 / float8
+        return _speedup(times(self.config.recipe, *choice.shape) for choice in self.converted)
 
     def summary(self) -> str:
         """Return the plan in a line."""
@@ -95,17 +93,15 @@ class Plan:
         """Yield a line for each kind of layer: its name, number and shape, and its gain or why it is left."""
         for group in _groups(self.choices):
             choice, (_, k, n) = group[0], group[0].shape
-            bf16, float8 = times(self.config.recipe, *choice.shape)
-            what = choice.left_because or choice.no_gain or f"at most {bf16 / float8:.2f}x as fast"
-            count = f" x {len(group)}" if len(group) > 1 else ""
-            yield f"{'left     ' if choice.left_because else 'converted'} {_name(group)}{count}, {k} -> {n}: {what}"
-        kinds: dict[Any, list[ExpertsChoice]] = {}
-        for found in self.experts:
-            kinds.setdefault((_without_numbers(found.experts.name), found.shape), []).append(found)
-        for (name, (_, d, h, experts)), alike in kinds.items():
-            what = alike[0].no_gain or f"at most {alike[0].speedup():.2f}x as fast"
-            count = f" x {len(alike)}" if len(alike) > 1 else ""
-            yield f"converted {name}{count}, {experts} experts of {d} -> {h} -> {d}: {what}"
+            gain = _speedup([times(self.config.recipe, *choice.shape)])
+            what = choice.left_because or choice.no_gain or f"at most {gain:.2f}x as fast"
+            verb = "left     " if choice.left_because else "converted"
+            yield f"{verb} {_name(group)}{_count(group)}, {k} -> {n}: {what}"
+        for alike in _alike(self.experts, lambda found: (_without_numbers(found.experts.name), found.shape)):
+            found, (_, d, h, experts) = alike[0], alike[0].shape
+            what = found.no_gain or f"at most {found.speedup():.2f}x as fast"
+            name = _without_numbers(found.experts.name)
+            yield f"converted {name}{_count(alike)}, {experts} experts of {d} -> {h} -> {d}: {what}"
 
     def warnings(self, *, compiled: bool, gpu: bool) -> Iterator[str]:
         """Yield what the user should know before a run: nothing converted, or slower than bf16.
@@ -187,12 +183,30 @@ def _why_left(layer: LinearLayer, features: Iterable[int], filter_fqns: list[str
 
 def _groups(choices: Iterable[Choice]) -> list[list[Choice]]:
     """Put together what differs in the number of its block, or in its last name, alone."""
-    groups: dict[Any, list[Choice]] = {}
-    for choice in choices:
+
+    def key(choice: Choice) -> Any:
         module = _without_numbers(choice.layer.name).rpartition(".")[0]
-        key = module or choice.layer.name, choice.shape, choice.left_because, choice.no_gain
-        groups.setdefault(key, []).append(choice)
+        return module or choice.layer.name, choice.shape, choice.left_because, choice.no_gain
+
+    return _alike(choices, key)
+
+
+def _alike(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Put together what has the same key, wherever it stands."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
+
+
+def _count(group: list[Any]) -> str:
+    return f" x {len(group)}" if len(group) > 1 else ""
+
+
+def _speedup(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return the sum of all seconds in bf16 over that in float8, from (bf16, float8) pairs; 1 of none."""
+    bf16, float8 = (sum(column) for column in zip(*pairs, strict=True)) if (pairs := list(pairs)) else (1.0, 1.0)
+    return bf16 / float8
 
 
 def _name(group: list[Choice]) -> str:
