@@ -123,6 +123,18 @@ def test_check_of_another_module_refers_to_the_log():
         ("debug", 1, ["--float8.filter_fqns", "projector"]),
         ("debug_moe", 4, ["--parallelism.tensor_parallel_degree=2", "--float8.experts"]),
         ("9B-A1B", 8, ["--float8.filter_fqns", AUTO_FILTER, "--training.local_batch_size=2"]),
+        # So wide that an expert's line says its gain by the roofline, which takes the experts of each token.
+        (
+            "debug_moe",
+            2,
+            [
+                "--float8.experts",
+                "--parallelism.expert_parallel_degree=2",
+                "--model.shape.dim=4096",
+                "--model.shape.head_dim=1024",
+                "--model.shape.expert_hidden_dim=6144",
+            ],
+        ),
     ],
 )
 def test_the_plan_of_a_check_is_the_runs(flavor, ranks, overrides, caplog):
