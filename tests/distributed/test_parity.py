@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,7 +38,32 @@ MODELS = {
 }
 BLOCKS = {"qwen3_moe": 2, "deepseek_v3": 4}
 """Fewer than the flavor has: experts in bfloat16 are slow on a CPU."""
-BF16_EXPERTS = {"qwen3_moe", "deepseek_v3"}
+
+
+class Tolerances(NamedTuple):
+    """Relative differences from one process that rounding explains."""
+
+    losses: float
+    geometry: float
+    grad_norm: float
+    """One fp32 sum of squares over a tensor of half a million, or several over its shards."""
+
+
+FIRST = Tolerances(1e-5, 1e-5, 3e-4)
+LATER = Tolerances(1e-4, 1e-4, 3e-4)
+# A token whose scores for two experts are equal but for their last bits goes to one or the other, as the CPU rounds:
+# about one token in a run. Seed checkpoints perturbed by 4e-6 sent up to 13 of a step's tokens elsewhere, which moved
+# the losses by up to 4e-5, the geometry by 1.2e-3 and the gradient's norm by 7e-4 (20 of them, in one process).
+LATER_EXPERTS = Tolerances(1e-4, 2e-3, 1e-3)
+BF16_EXPERTS = Tolerances(1e-3, 2e-2, 5e-2), Tolerances(5e-3, 5e-2, 5e-2)
+TOLERANCES = {
+    "debug": (FIRST, LATER),
+    "debug_moe": (FIRST, LATER_EXPERTS),
+    "llama3": (FIRST, LATER),
+    "qwen3_moe": BF16_EXPERTS,
+    "deepseek_v3": BF16_EXPERTS,
+}
+"""Of the first step, and of those after it."""
 
 
 def config_of(folder: Path, layout: Layout) -> Any:
@@ -136,20 +161,16 @@ def test_layout_trains_as_one_process_does(layout: Layout, reference, tmp_path):
     seed_checkpoint, one = reference(layout)
     run_on_ranks(layout.ranks, train, tmp_path, seed_checkpoint, layout)
 
-    bf16 = layout.model in BF16_EXPERTS
+    first, later = TOLERANCES[layout.model]
     close = partial(torch.testing.assert_close, atol=0)
-    losses, expected = values(tmp_path, LOSSES), values(one, LOSSES)
-    assert losses.shape == (STEPS, len(LOSSES))
-    close(losses[0], expected[0], rtol=1e-3 if bf16 else 1e-5)
-    close(losses[1:], expected[1:], rtol=5e-3 if bf16 else 1e-4)
+    assert values(tmp_path, LOSSES).shape == (STEPS, len(LOSSES))
+    for tags, kind in ((LOSSES, "losses"), (GEOMETRY, "geometry"), (("grad_norm",), "grad_norm")):
+        found, expected = values(tmp_path, tags), values(one, tags)
+        close(found[0], expected[0], rtol=getattr(first, kind))
+        close(found[1:], expected[1:], rtol=getattr(later, kind))
     if layout.validates:
         last = slice(-1, None)
-        close(values(tmp_path, VALIDATION, last), values(one, VALIDATION, last), rtol=5e-3 if bf16 else 1e-4)
-    geometry, expected = values(tmp_path, GEOMETRY), values(one, GEOMETRY)
-    close(geometry[0], expected[0], rtol=2e-2 if bf16 else 1e-5)
-    close(geometry[1:], expected[1:], rtol=5e-2 if bf16 else 1e-4)
-    # One fp32 sum of squares over a tensor of half a million, or several over its shards.
-    close(values(tmp_path, ("grad_norm",)), values(one, ("grad_norm",)), rtol=5e-2 if bf16 else 3e-4)
+        close(values(tmp_path, VALIDATION, last), values(one, VALIDATION, last), rtol=later.losses)
 
     found, expected = gradients(tmp_path), gradients(one)
     assert found.keys() == expected.keys()
@@ -157,7 +178,7 @@ def test_layout_trains_as_one_process_does(layout: Layout, reference, tmp_path):
     assert ("projector.w1.weight" in found) == projected
     errors = {name: ((found[name] - grad).norm() / grad.norm()).item() for name, grad in expected.items()}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < (0.1 if bf16 else 1e-4), f"{worst}: {errors[worst]:.1e}"
+    assert errors[worst] < (1e-4 if first is FIRST else 0.1), f"{worst}: {errors[worst]:.1e}"
 
 
 def test_documents_straddle_every_boundary():
