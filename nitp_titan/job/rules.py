@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from nitp_titan.job import machine
 from nitp_titan.job.draft import Draft
-from nitp_titan.job.errors import Problem, did_you_mean, quote
+from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 
 _INF = math.inf
 
@@ -113,13 +113,23 @@ def check_parallelism(draft: Draft) -> Iterator[Problem]:
         )
 
 
+FLEX_COMPILERS = ("inductor", "aot_eager")
+
+
 def check_compile(draft: Draft) -> Iterator[Problem]:
-    """The parts to compile have a name that TorchTitan knows, and what needs a compiled model has one."""
+    """Parts and backend have names that TorchTitan takes, and what needs a compiled model has one."""
     for part in draft.get("compile", "components"):
         if part not in ("model", "loss"):
             hint = did_you_mean(part, ("model", "loss"))
             yield draft.problem("compile", "components", f'found {quote(part)}, expected "model" or "loss"', hint)
     compiled = draft.compiles_blocks()
+    backend = draft.get("compile", "backend")
+    # Whether somebody else's model has flex attention is not known.
+    flex = draft.get("model", "attn_backend").startswith("flex") and "." not in draft.get("model", "module")
+    if compiled and flex and backend not in FLEX_COMPILERS:
+        expected = one_of(FLEX_COMPILERS) + ", the two that TorchTitan compiles flex attention with"
+        hint = did_you_mean(backend, FLEX_COMPILERS)
+        yield draft.problem("compile", "backend", f"found {quote(backend)}, expected {expected}", hint)
     needs = 'which needs compile.enable = true and "model" in compile.components'
     if draft.get("compile", "enable_async_tensor_parallel") and not compiled:
         yield draft.problem("compile", "enable_async_tensor_parallel", f"found true, {needs}")

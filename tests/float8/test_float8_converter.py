@@ -8,8 +8,11 @@ import logging
 
 import pytest
 import torch
+import torch._inductor.config
+import torchao.float8._inductor_patch
 from torchtitan.components.quantization import Float8Linear
 from torchtitan.components.quantization.utils import has_quantization
+from torchtitan.config import CompileConfig
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 
@@ -145,6 +148,25 @@ def test_a_number_of_tokens_that_products_cannot_have(monkeypatch):
     made = Float8Converter.Config(float8=Float8Config(recipe="rowwise"), tokens=100).build()
     with pytest.raises(ValueError, match="a rank has 100 tokens at a time, expected a multiple of 16"):
         made.convert(backbone("nitp_titan", "debug").model)
+
+
+@pytest.mark.parametrize(("recipe", "casts"), [("tensorwise", False), ("rowwise", True), ("rowwise_with_gw_hp", True)])
+def test_compilation_keeps_what_a_recipe_needs_of_it(recipe, casts, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torchao.float8._inductor_patch, "_patch_inductor_min_max_codegen", lambda: calls.append(1))
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        converter(recipe=recipe).convert(backbone("nitp_titan", "debug").model)
+        assert torch._inductor.config.emulate_precision_casts is casts
+    assert calls, "torchao's workaround of a miscompilation is missing"
+
+
+@pytest.mark.parametrize("components", [["model"], ["loss"]])
+def test_a_run_whose_model_is_not_compiled_is_warned(components, tmp_path, corpus, caplog, monkeypatch):
+    monkeypatch.setattr(converter_module, "has_cuda_capability", lambda major, minor: True)
+    config = trainer_config(tmp_path, corpus, float8=Float8Config(recipe="tensorwise"))
+    config.compile = CompileConfig(enable=True, components=components)
+    with_float8(config)
+    assert ("gains nothing without torch.compile" in caplog.text) is ("model" not in components)
 
 
 def test_experts_are_converted_only_where_asked():

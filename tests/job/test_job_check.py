@@ -39,6 +39,8 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          "training.disable_cuda_graphs = false"),
         (["--nitp.geometry_freq=5", "--training.no-disable_cuda_graphs"], "--nitp.geometry_freq: found 5, expected 0"),
         (["--compile.components", "modle,loss"], 'found "modle", expected "model" or "loss"; did you mean "model"?'),
+        (["--compile.enable", "--compile.backend=inducter"], '--compile.backend: found "inducter", expected one of '
+         '"inductor", "aot_eager", the two that TorchTitan compiles flex attention with; did you mean "inductor"?'),
         (["--parallelism.spmd_backend=full_dtensor"], 'found "full_dtensor", expected "partial_dtensor" with NITP'),
         (["--dataloader.dataset", "hub:name"], '--dataloader.dataset: found "hub:name", expected "hub:owner/name"'),
         (["--model.module", "no.such.module"], '--model.module: found "no.such.module", a module that cannot be found'),
@@ -143,6 +145,17 @@ def test_refused(tmp_path, overrides, expected):
 def test_refused_on_several_ranks(tmp_path, overrides, ranks, expected):
     found = problems(tmp_path, *overrides, ranks=ranks)
     assert any(expected in problem for problem in found), found
+
+
+def test_the_compiler_of_flex_attention_alone_is_one_of_two(tmp_path):
+    eager = ["--compile.enable", "--compile.backend=eager"]
+    assert len(problems(tmp_path, *eager)) == 1
+    assert problems(tmp_path, "--compile.backend=eager") == []
+    assert problems(tmp_path, *eager, "--compile.components=loss") == []
+    assert problems(tmp_path, *eager, "--model.attn_backend=varlen") == []
+    somebodys = ["--model.module=torchtitan.models.llama3", "--model.flavor=debugmodel"]
+    assert not any("compile.backend" in problem for problem in problems(tmp_path, *eager, *somebodys))
+    assert problems(tmp_path, "--compile.enable", "--compile.backend=aot_eager") == []
 
 
 def test_sequence_parallelism_off_frees_the_sequence_length(tmp_path):

@@ -123,6 +123,20 @@ def test_check_of_another_module_refers_to_the_log():
         ("debug", 1, ["--float8.filter_fqns", "projector"]),
         ("debug_moe", 4, ["--parallelism.tensor_parallel_degree=2", "--float8.experts"]),
         ("9B-A1B", 8, ["--float8.filter_fqns", AUTO_FILTER, "--training.local_batch_size=2"]),
+        # A projector that gains with all of a rank's tokens, and not with those of a chunk.
+        (
+            "debug",
+            1,
+            [
+                "--float8.filter_fqns",
+                AUTO_FILTER,
+                "--model.shape.dim=4096",
+                "--model.shape.head_dim=1024",
+                "--training.local_batch_size=32",
+                "--training.seq_len=1024",
+                "--loss.chunk_tokens=1024",
+            ],
+        ),
         # So wide that an expert's line says its gain by the roofline, which takes the experts of each token.
         (
             "debug_moe",
@@ -142,7 +156,7 @@ def test_the_plan_of_a_check_is_the_runs(flavor, ranks, overrides, caplog):
     job = load_job(None, arguments, ranks)
     lines, _ = job_float8.explain(job)
     config = build_trainer_config(job)
-    config.model_spec = nitp_model_spec(config.model_spec, config.nitp)
+    config.model_spec = nitp_model_spec(config.model_spec, config.nitp, chunk_tokens=config.loss.chunk_tokens)
     with caplog.at_level(logging.INFO):
         with_float8(config)
     said = [record.message.removeprefix("float8 ") for record in caplog.records if record.message.startswith("float8")]
