@@ -23,8 +23,12 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path, kind: Literal["gpu", "cpu", "meta"]) -> Results:
-        """Read every result of a kind in a folder's folders, one for each device, in order of their paths."""
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+        """Read every result of a kind in a folder's folders, one for each device, in order of their paths.
+
+        Raises:
+            ValueError: a file is not a JSON object; the message names it.
+        """
+        found = [_read(path) for path in sorted(folder.glob("*/*.json"))]
         found = [result for result in found if _KINDS.get(result.get("device_type"), "gpu") == kind]
         return cls([r for r in found if "variants" in r], [r for r in found if "cases" in r])
 
@@ -48,6 +52,16 @@ class Results:
             case for result in self.loss for case in result["cases"] if case["tokens"] == tokens and "nitp" in case
         ]
         return max((case["nitp"][key] for case in cases), default=None)
+
+
+def _read(path: Path) -> Result:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a result, which is a JSON object")
+    return found
 
 
 def at(value: Any, *path: str) -> Any:

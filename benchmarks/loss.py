@@ -77,18 +77,22 @@ def cases(options: argparse.Namespace, device: str, *, compile: bool) -> list[Ca
     """Return the cases, every combination of the options' lists.
 
     Raises:
-        ValueError: a list that is not one of numbers.
+        ValueError: a size that is no number of at least 1.
     """
     from benchmarks.heads import Case
 
     defaults = _DEFAULTS["cpu" if device == "cpu" else "gpu"]
-    given = {name: getattr(options, name) or default for name, default in defaults.items()}
+    asked = {name: getattr(options, name) for name in defaults}
+    given = {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
+    for name, value in (("chunk-tokens", given["chunk_tokens"]), ("seq-len", options.seq_len)):
+        if value < 1:
+            raise ValueError(f"--{name}: found {value}, expected at least 1")
     lists = {}
     for name in ("tokens", "vocab", "width"):
-        try:
-            lists[name] = [int(item) for item in given[name].split(",")]
-        except ValueError:
-            raise ValueError(f"--{name}: found {given[name]!r}, expected whole numbers with commas") from None
+        words = given[name].split(",")
+        lists[name] = [int(word) for word in words if word.strip().isdecimal() and int(word) > 0]
+        if len(lists[name]) < len(words):
+            raise ValueError(f"--{name}: found {given[name]!r}, expected whole numbers of at least 1, with commas")
     found = []
     for tokens, vocab, width in itertools.product(*lists.values()):
         seq_len = min(tokens, options.seq_len)
@@ -251,6 +255,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--implementations: found {unknown[0]!r}, expected some of {', '.join(IMPLEMENTATIONS)}")
     facts = results.machine_facts()
     out = options.out or results.default_path("loss", "", facts["device"], facts["device_type"])
+    results.check_writable(out)
     meanings = {name: IMPLEMENTATIONS[name][1] for name in names}
     result: dict[str, Any] = {**facts, "meanings": meanings, "rounds": options.repeats}
     result |= {"clock": DeviceClock(utils.device_type).kind, "cases": []}

@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choose_device("cpu")
     try:
         cases = loss.cases(options, "meta", compile=False)
+        results.check_writable(options.out)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

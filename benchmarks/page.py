@@ -190,14 +190,18 @@ def fill(text: str, found: Mapping[str, Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 1 where ``--check`` finds the page behind."""
+    """Run the command line; return the exit code: 0, 1 where ``--check`` finds the page behind, 2 for a bad result."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is as it should be")
     options = parser.parse_args(arguments)
     text = PAGE.read_text()
-    filled = fill(text, blocks())
+    try:
+        filled = fill(text, blocks())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not options.check:
         PAGE.write_text(filled)
     elif filled != text:

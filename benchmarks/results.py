@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def default_path(program: str, subject: str, device: str, device_type: str) -> P
 def slug(text: str) -> str:
     """Return a text as part of a file's name."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def check_writable(path: Path) -> None:
+    """Make a result's folder, before anything is measured.
+
+    Raises:
+        ValueError: the result could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        folder_is_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = f"{path.parent} is not a folder" if folder_is_a_file else error.strerror
+        raise ValueError(f"--out: {path} cannot be written: {reason}") from None
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder, expected a JSON file")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

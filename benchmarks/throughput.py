@@ -102,6 +102,8 @@ def load_entries(options: argparse.Namespace, words: list[str], dump_folder: str
 def run(options: argparse.Namespace, words: list[str], dump_folder: str) -> int:
     """Run the benchmark; return the exit code."""
     entries, full_layers = load_entries(options, words, dump_folder)
+    if options.out:
+        results.check_writable(options.out)
     build(entries[0].job)  # makes TorchTitan ready for this machine, before anything else imports it
     from benchmarks.race import Race, compiled_graphs, peak_flops, say
 

@@ -163,7 +163,13 @@ def test_program(tmp_path, capsys, monkeypatch):
     ("words", "message"),
     [
         (["--implementations", "ours,nope"], "found 'nope', expected some of ours"),
-        (["--tokens", "many"], "found 'many', expected whole numbers"),
+        (["--tokens", "many"], "found 'many', expected whole numbers of at least 1"),
+        (["--tokens", "64,0"], "--tokens: found '64,0', expected whole numbers of at least 1"),
+        (["--vocab", "-3"], "--vocab: found '-3', expected whole numbers of at least 1"),
+        (["--width", ""], "--width: found '', expected whole numbers of at least 1"),
+        (["--chunk-tokens", "0"], "--chunk-tokens: found 0, expected at least 1"),
+        (["--seq-len", "0"], "--seq-len: found 0, expected at least 1"),
+        (["--out", "/dev/null/x.json"], "--out: /dev/null/x.json cannot be written: /dev/null is not a folder"),
         (["--tokens", "100", "--seq-len", "64"], "expected a multiple of --seq-len 64"),
     ],
 )

@@ -130,6 +130,18 @@ def test_tables_of_a_gpu(tmp_path):
     assert any("not there" in line for line in found["loss"])
 
 
+@pytest.mark.parametrize(("text", "message"), [('{"device": 3', "not JSON: "), ("[1]", "not a result")])
+def test_a_broken_result_is_named(text, message, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "gpu" / "x.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    monkeypatch.setattr(page.blocks, "__defaults__", (tmp_path,))
+    before = page.PAGE.read_text()
+    assert page.main([]) == 2
+    assert f"{path}: {message}" in capsys.readouterr().err
+    assert page.PAGE.read_text() == before
+
+
 def test_filling_a_page():
     text = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n"
     filled = page.fill(text, {"x": ["new", "lines"]})

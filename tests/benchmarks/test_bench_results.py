@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 from benchmarks import results
 
 
@@ -24,6 +26,16 @@ def test_a_result_is_written_whole(tmp_path):
         results.write(path, {"a": value})
         assert json.loads(path.read_text()) == {"a": value}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_place_for_a_result_is_tried_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    results.check_writable(tmp_path / "new" / "x.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(ValueError, match=r"--out: .*file/x\.json cannot be written: "):
+        results.check_writable(tmp_path / "file" / "x.json")
+    with pytest.raises(ValueError, match="is a folder, expected a JSON file"):
+        results.check_writable(tmp_path / "new")
 
 
 def test_commit(monkeypatch, tmp_path):

@@ -219,6 +219,7 @@ def test_every_round_is_written(tmp_path, monkeypatch):
         (["--variant", "x:float9.recipe=tensorwise"], 'unknown table "float9"'),
         (["--training.seq_lenn", "3"], 'did you mean "--training.seq_len"?'),
         (["--depths", "7,2"], "expected two numbers of layers or more, up to 6"),
+        (["--out", "/dev/null/x.json"], "--out: /dev/null/x.json cannot be written"),
         (["--depths", "2"], "expected two numbers of layers or more"),
         (["--depths", "3,2", "--variants", "nitp"], "expected ntp among the variants"),
     ],
