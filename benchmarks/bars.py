@@ -32,26 +32,47 @@ class Results:
         found = [result for result in found if _KINDS.get(result.get("device_type"), "gpu") == kind]
         return cls([r for r in found if "variants" in r], [r for r in found if "cases" in r])
 
-    def of(self, config: str, *path: str, whole: bool = True) -> Any:
-        """Return a value of the first throughput result of a job file that has it; None where none does.
+    def first(self, config: str, *paths: tuple[str, ...], whole: bool = True) -> Result | None:
+        """Return the throughput result that bars speak of: the one of most rounds that has all of these values.
+
+        Only one H100 counts, and a job as its file has it but for the batch.
 
         Args:
             config: the file's name without its ending.
+            paths: of keys.
             whole: of the whole model, not of slices.
         """
-        for result in self.throughput:
-            if Path(result["config"]).stem == config and ("extrapolation" not in result) == whole:
-                value = at(result, *path)
-                if value is not None:
-                    return value
-        return None
+        found = [
+            result
+            for result in self.throughput
+            if Path(result["config"]).stem == config
+            and ("extrapolation" not in result) == whole
+            and _on_one_h100(result)
+            and not _changed(result)
+            and all(at(result, *path) is not None for path in paths)
+        ]
+        return max(found, key=lambda result: result["rounds"], default=None)
+
+    def of(self, config: str, *path: str, whole: bool = True) -> Any:
+        """Return a value of :meth:`first`'s result; None where there is none."""
+        return at(self.first(config, path, whole=whole), *path)
 
     def nitp_of_loss(self, tokens: int, key: str) -> float | None:
-        """Return the largest of what NITP adds to the loss at this many tokens, over widths and vocabularies."""
-        cases = [
-            case for result in self.loss for case in result["cases"] if case["tokens"] == tokens and "nitp" in case
-        ]
-        return max((case["nitp"][key] for case in cases), default=None)
+        """Return the largest of what NITP adds to a compiled bf16 loss of this many tokens on one H100."""
+        wanted = {"tokens": tokens, "dtype": "bfloat16", "compile": True}
+        cases = [case for result in self.loss if _on_one_h100(result) for case in result["cases"]]
+        found = [case["nitp"][key] for case in cases if "nitp" in case and wanted.items() <= case.items()]
+        return max(found, default=None)
+
+
+def _on_one_h100(result: Result) -> bool:
+    return "H100" in result["device"] and result["ranks"] == 1
+
+
+def _changed(result: Result) -> bool:
+    """Whether the command line changed more of the job than its batch."""
+    options = (word.partition("=")[0] for word in result["job_overrides"] if word.startswith("--"))
+    return not {"--training.local_batch_size", "--training.global_batch_size"}.issuperset(options)
 
 
 def _read(path: Path) -> Result:

@@ -40,7 +40,7 @@ def throughput(results: Results) -> list[str]:
             f"`{result['config']}`, {result['tokens_per_step']:,} tokens a step, {result['ranks']} x "
             f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
             "",
-            "| variant | tokens/s | MFU | step ms (min .. max) | peak GiB | over ntp | by round |",
+            f"| variant | tokens/s | MFU | step ms (min .. max) | peak GiB | over {result['baseline']} | by round |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, values in result["variants"].items():
@@ -59,11 +59,11 @@ def throughput(results: Results) -> list[str]:
 
 def cpu_ratios(results: Results) -> list[str]:
     """Return what a CPU can tell: ratios of time and memory on toy models, of steps and of the loss."""
-    lines = ["| job, on a CPU | variant | time over ntp, by round | peak memory over ntp |", "|---|---|---|---|"]
+    lines = ["| job, on a CPU | variant | time, by round | peak memory |", "|---|---|---|---|"]
     for result in results.throughput:
         for name in result["overhead_percent"]:
             _, by_round, memory = overheads(result, name)
-            lines.append(f"| `{result['config']}` | {name} | {by_round} | {memory} |")
+            lines.append(f"| `{result['config']}` | {name} over {result['baseline']} | {by_round} | {memory} |")
     found = [*results.throughput, *results.loss]
 
     def all_of(key: str, length: int | None = None) -> str:
@@ -153,11 +153,13 @@ def gap(results: Results) -> list[str]:
 
 def _gap(results: Results, config: str, whole: bool, line: Roofline) -> str:
     limit = 1e3 * line.nitp_seconds
-    step = {name: results.of(config, "variants", name, "step_ms", "median", whole=whole) for name in ("ntp", "nitp")}
+    paths = [("variants", name, "step_ms", "median") for name in ("ntp", "nitp")]
+    result = results.first(config, *paths, whole=whole)
     # Another batch's time has another limit.
-    if None in step.values() or results.of(config, "tokens_per_step", whole=whole) != line.tokens:
+    if result is None or result["tokens_per_step"] != line.tokens:
         return f"{limit:.2f} | {UNMEASURED} | {UNMEASURED}"
-    found = step["nitp"] - step["ntp"]
+    without, with_nitp = (at(result, *path) for path in paths)
+    found = with_nitp - without
     return f"{limit:.2f} | {found:.2f} | {found - limit:+.2f}"
 
 

@@ -12,13 +12,15 @@ from benchmarks.bars import BARS, Results
 from benchmarks.results import RESULTS
 
 THROUGHPUT = {
-    "device": "a GPU",
+    "device": "NVIDIA H100 80GB HBM3",
     "device_type": "cuda",
     "torch": "2",
     "ranks": 1,
     "commit": "0123456789abc",
     "rounds": 5,
     "config": "train_configs/nitp_0.5b.toml",
+    "job_overrides": ["--training.local_batch_size=4"],
+    "baseline": "ntp",
     "tokens_per_step": 32768,
     "variants": {
         "ntp": {"tokens_per_second": 90_000.0, "mfu_percent": 46.0, "peak_memory_gib": 20.0, "notes": []},
@@ -33,13 +35,15 @@ THROUGHPUT = {
 for name, ms in (("ntp", 364.0), ("nitp", 368.0)):
     THROUGHPUT["variants"][name]["step_ms"] = {"median": ms, "min": ms, "max": ms}
 LOSS = {
-    "device": "a GPU",
+    "device": "NVIDIA H100 80GB HBM3",
     "device_type": "cuda",
     "torch": "2",
+    "ranks": 1,
     "commit": "?",
     "rounds": 5,
     "cases": [
         {"tokens": tokens, "vocabulary": 100, "width": 8, "implementations": {}, "skipped": {"liger": "not there"}}
+        | {"dtype": "bfloat16", "compile": True}
         | {"nitp": {"time_overhead_percent": time, "peak_above_cross_entropy_mib": 65.0}}
         for tokens, time in ((8192, 12.0), (8192, 14.0), (32768, 99.0))
     ],
@@ -98,6 +102,36 @@ def test_bars_are_met_or_missed(tmp_path):
     assert "unmeasured" in found["9B-A1B, from slices: NITP's time over NTP's"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": "NVIDIA H200"},
+        {"ranks": 2},
+        {"job_overrides": ["--training.local_batch_size=4", "--activation_checkpoint.mode=none"]},
+        {"job_overrides": ["--training.seq_len", "1024"]},
+        {"rounds": 3},
+    ],
+    ids=str,
+)
+def test_bars_speak_of_one_h100_and_the_job_as_it_is(other, tmp_path):
+    # Read first, as what gpu_suite.sh calls throughput-0.5b-foreach.json is.
+    worse = copy.deepcopy(THROUGHPUT) | other
+    worse["overhead_percent"] = {"nitp": 9.0}
+    bar = "0.5B: NITP's time over NTP's"
+    assert rows(tmp_path, a=worse, b=THROUGHPUT)[bar].endswith("| +1.10 % | met |")
+    (tmp_path / "gpu" / "b.json").unlink()
+    assert ("unmeasured" in rows(tmp_path, a=worse)[bar]) is ("rounds" not in other)
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"compile": False}, {"tokens": 4096}], ids=str)
+def test_bars_of_the_loss_speak_of_compiled_bf16(other, tmp_path):
+    loss = copy.deepcopy(LOSS)
+    loss["cases"] = [case | other for case in loss["cases"]]
+    bar = "loss of 8,192 tokens: NITP's time over cross-entropy alone"
+    assert "unmeasured" in rows(tmp_path, a=loss)[bar]
+    assert "unmeasured" in rows(tmp_path, a=copy.deepcopy(LOSS) | {"device": "NVIDIA H200"})[bar]
+
+
 def test_slices_are_not_the_whole_model(tmp_path):
     slices = copy.deepcopy(THROUGHPUT) | {
         "config": "train_configs/nitp_9b-a1b.toml",
@@ -116,6 +150,11 @@ def test_the_gap_is_to_the_limit_of_the_same_batch(tmp_path):
     limit = 1e3 * roofline("0.5B", sequences=4).nitp_seconds
     found = page.blocks(folder_with(tmp_path, a=THROUGHPUT))["gap"][2]
     assert found.endswith(f"| {limit:.2f} | 4.00 | {4 - limit:+.2f} |")
+    for variant in ("ntp", "nitp"):  # both times are of one result
+        alone = copy.deepcopy(THROUGHPUT) | {"rounds": 9}
+        del alone["variants"][variant]
+        assert page.blocks(folder_with(tmp_path, a=THROUGHPUT, b=alone))["gap"][2] == found
+    (tmp_path / "gpu" / "b.json").unlink()
     other = copy.deepcopy(THROUGHPUT) | {"tokens_per_step": 65536}
     assert page.blocks(folder_with(tmp_path, a=other))["gap"][2].endswith("| unmeasured | unmeasured |")
 
