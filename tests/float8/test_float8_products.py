@@ -110,6 +110,7 @@ def test_the_weights_gradient_in_high_precision_is_the_plain_one():
     assert distance(multiplied("rowwise", x, w, g).weight_grad, exact) > 1e-3
 
 
+@pytest.mark.usefixtures("cpu_products")
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch's rowwise product on a CPU is newer")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_products_of_torchs_float8_operator_are_the_emulated_ones(recipe, monkeypatch):
