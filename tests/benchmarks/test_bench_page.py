@@ -73,6 +73,7 @@ def test_committed_results_are_read():
     assert {result["config"] for result in found.throughput} == {
         "train_configs/debug.toml",
         "train_configs/debug_moe.toml",
+        "train_configs/nitp_0.5b.toml",
     }
     counted = Results.read(RESULTS, "meta")
     assert all("-dirty" not in result["commit"] for result in [*found.throughput, *found.loss, *counted.loss])
