@@ -32,7 +32,7 @@ class Results:
         found = [result for result in found if _KINDS.get(result.get("device_type"), "gpu") == kind]
         return cls([r for r in found if "variants" in r], [r for r in found if "cases" in r])
 
-    def first(self, config: str, *paths: tuple[str, ...], whole: bool = True) -> Result | None:
+    def longest(self, config: str, *paths: tuple[str, ...], whole: bool = True) -> Result | None:
         """Return the throughput result that bars speak of: the one of most rounds that has all of these values.
 
         Only one H100 counts, and a job as its file has it but for the batch.
@@ -54,8 +54,8 @@ class Results:
         return max(found, key=lambda result: result["rounds"], default=None)
 
     def of(self, config: str, *path: str, whole: bool = True) -> Any:
-        """Return a value of :meth:`first`'s result; None where there is none."""
-        return at(self.first(config, path, whole=whole), *path)
+        """Return a value of :meth:`longest`'s result; None where there is none."""
+        return at(self.longest(config, path, whole=whole), *path)
 
     def nitp_of_loss(self, tokens: int, key: str) -> float | None:
         """Return the largest of what NITP adds to a compiled bf16 loss of this many tokens on one H100."""

@@ -82,8 +82,7 @@ def cases(options: argparse.Namespace, device: str, *, compile: bool) -> list[Ca
     from benchmarks.heads import Case
 
     defaults = _DEFAULTS["cpu" if device == "cpu" else "gpu"]
-    asked = {name: getattr(options, name) for name in defaults}
-    given = {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
+    given = defaults | {name: value for name in defaults if (value := getattr(options, name)) is not None}
     for name, value in (("chunk-tokens", given["chunk_tokens"]), ("seq-len", options.seq_len)):
         if value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")

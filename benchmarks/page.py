@@ -154,7 +154,7 @@ def gap(results: Results) -> list[str]:
 def _gap(results: Results, config: str, whole: bool, line: Roofline) -> str:
     limit = 1e3 * line.nitp_seconds
     paths = [("variants", name, "step_ms", "median") for name in ("ntp", "nitp")]
-    result = results.first(config, *paths, whole=whole)
+    result = results.longest(config, *paths, whole=whole)
     # Another batch's time has another limit.
     if result is None or result["tokens_per_step"] != line.tokens:
         return f"{limit:.2f} | {UNMEASURED} | {UNMEASURED}"

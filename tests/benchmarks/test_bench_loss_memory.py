@@ -57,6 +57,8 @@ def test_program(tmp_path, capsys):
     assert "128 x 256 x 16" in capsys.readouterr().out
     assert loss_memory.main(["--tokens", "many"]) == 2
     assert "found 'many', expected whole numbers" in capsys.readouterr().err
+    assert loss_memory.main([*words[:-1], "/dev/null/x.json"]) == 2
+    assert "--out: /dev/null/x.json cannot be written" in capsys.readouterr().err
 
 
 def test_sizes_are_those_of_a_gpu_where_none_are_given():

@@ -41,7 +41,7 @@ BLOCKS = {"qwen3_moe": 2, "deepseek_v3": 4}
 
 
 class Tolerances(NamedTuple):
-    """Relative differences from one process that rounding explains."""
+    """Relative differences from one process that rounding explains, of a step's values."""
 
     losses: float
     geometry: float
@@ -50,20 +50,21 @@ class Tolerances(NamedTuple):
 
 
 FIRST = Tolerances(1e-5, 1e-5, 3e-4)
+# Of the geometry up to 6e-5 were seen, with AVX2 kernels.
 LATER = Tolerances(1e-4, 3e-4, 3e-4)
 # A token whose scores for two experts are equal but for their last bits goes to one or the other, as the CPU rounds:
 # about one token in a run. Seed checkpoints perturbed by 4e-6 sent up to 13 of a step's tokens elsewhere, which moved
 # the losses by up to 4e-5, the geometry by 1.2e-3 and the gradient's norm by 7e-4 (20 of them, in one process).
 LATER_EXPERTS = Tolerances(1e-4, 2e-3, 1e-3)
-BF16_EXPERTS = Tolerances(1e-3, 2e-2, 5e-2), Tolerances(5e-3, 5e-2, 5e-2)
+BF16_EXPERTS = Tolerances(1e-3, 2e-2, 5e-2), Tolerances(5e-3, 5e-2, 5e-2), 0.1
 TOLERANCES = {
-    "debug": (FIRST, LATER),
-    "debug_moe": (FIRST, LATER_EXPERTS),
-    "llama3": (FIRST, LATER),
+    "debug": (FIRST, LATER, 1e-4),
+    "debug_moe": (FIRST, LATER_EXPERTS, 1e-4),
+    "llama3": (FIRST, LATER, 1e-4),
     "qwen3_moe": BF16_EXPERTS,
     "deepseek_v3": BF16_EXPERTS,
 }
-"""Of the first step, and of those after it."""
+"""Of the first step, of those after it, and of the norm of the error of a gradient in the first."""
 
 
 def config_of(folder: Path, layout: Layout) -> Any:
@@ -161,13 +162,13 @@ def test_layout_trains_as_one_process_does(layout: Layout, reference, tmp_path):
     seed_checkpoint, one = reference(layout)
     run_on_ranks(layout.ranks, train, tmp_path, seed_checkpoint, layout)
 
-    first, later = TOLERANCES[layout.model]
+    first, later, of_gradients = TOLERANCES[layout.model]
     close = partial(torch.testing.assert_close, atol=0)
-    assert values(tmp_path, LOSSES).shape == (STEPS, len(LOSSES))
-    for tags, kind in ((LOSSES, "losses"), (GEOMETRY, "geometry"), (("grad_norm",), "grad_norm")):
+    for tags, in_first, in_later in zip((LOSSES, GEOMETRY, ("grad_norm",)), first, later, strict=True):
         found, expected = values(tmp_path, tags), values(one, tags)
-        close(found[0], expected[0], rtol=getattr(first, kind))
-        close(found[1:], expected[1:], rtol=getattr(later, kind))
+        assert found.shape == (STEPS, len(tags))
+        close(found[0], expected[0], rtol=in_first)
+        close(found[1:], expected[1:], rtol=in_later)
     if layout.validates:
         last = slice(-1, None)
         close(values(tmp_path, VALIDATION, last), values(one, VALIDATION, last), rtol=later.losses)
@@ -178,7 +179,7 @@ def test_layout_trains_as_one_process_does(layout: Layout, reference, tmp_path):
     assert ("projector.w1.weight" in found) == projected
     errors = {name: ((found[name] - grad).norm() / grad.norm()).item() for name, grad in expected.items()}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < (1e-4 if first is FIRST else 0.1), f"{worst}: {errors[worst]:.1e}"
+    assert errors[worst] < of_gradients, f"{worst}: {errors[worst]:.1e}"
 
 
 def test_documents_straddle_every_boundary():

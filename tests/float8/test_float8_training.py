@@ -79,7 +79,7 @@ def test_compiled_is_eager(tmp_path, corpus, flavor, recipe):
 @pytest.mark.usefixtures("cpu_products")
 def test_torchs_float8_operator_trains_as_the_emulated_one(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(converter_module, "has_cuda_capability", lambda major, minor: True)
-    # oneDNN's product is a reference implementation on a CPU without one of its own: a minute for 1,000 tokens.
+    # oneDNN's product is a reference implementation on a CPU without one of its own: 1.5 minutes for 1,000 tokens.
     few = {"recipe": "tensorwise", "seq_len": 16, "sequences": 2}
     emulated = trained(tmp_path / "emulated", corpus, emulate=True, **few)
     assert trained(tmp_path / "real", corpus, **few) == pytest.approx(emulated, rel=2e-3)
