@@ -1,4 +1,5 @@
-"""Our configuration of a job as TorchTitan's own: its trainer, metrics, schedule, experts and loss.
+"""Our configuration of a job as TorchTitan's own: its trainer, metrics, schedule, experts, rotary positions
+and loss.
 
 The shapes, the attention kernel, precision, layout and optimizer are the job's, so that both train the same model.
 """
@@ -11,6 +12,7 @@ import inspect
 from typing import Any
 
 from torchtitan.config import Configurable
+from torchtitan.models.common import RoPE
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
@@ -37,10 +39,11 @@ def stock_config(config: NITPTrainer.Config) -> Trainer.Config:
 
 def _stock_spec(spec: ModelSpec) -> ModelSpec:
     spec = dataclasses.replace(spec, model=copy.deepcopy(spec.model))
-    for _, experts, parent, attribute in list(spec.traverse(GroupedExperts.Config)):
-        assert parent is not None
-        assert isinstance(attribute, str)
-        setattr(parent, attribute, _upstream(experts))
+    for kind in (GroupedExperts.Config, RoPE.Config):
+        for _, config, parent, attribute in list(spec.traverse(kind)):
+            assert parent is not None
+            assert isinstance(attribute, str)
+            setattr(parent, attribute, _upstream(config))
     return spec
 
 

@@ -124,7 +124,7 @@ def _common_needs(config: Decoder.Config) -> Iterator[str]:
 
 def _rotary_needs(config: Decoder.Config, kind: type[RoPE.Config]) -> Iterator[str]:
     found = type(config.layers[0].attention.rope)
-    if found is not kind:
+    if not issubclass(found, kind):
         yield f"the rotary pairs of {kind.__qualname__}, found {found.__qualname__}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common import Embedding, Linear, RMSNorm
 from torchtitan.models.common.config_utils import (
     get_attention_config,
     make_ffn_config,
@@ -32,6 +32,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from nitp_titan.models.ernie import ErnieStateDictAdapter
 from nitp_titan.models.experts import DtypePreservingGroupedExperts
 from nitp_titan.models.flavors import FLAVORS, Shape
+from nitp_titan.models.rope import InterleavedRoPE
 
 
 def _normal(std: float) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def decoder_config(shape: Shape, *, attn_backend: str = "flex") -> Qwen3Model.Co
     residual stream (GPT-2's initialization, as in TorchTitan's Qwen3 MoE).
     """
     init, residual_init = _normal(shape.init_std), _normal(shape.init_std / (2 * shape.n_layers) ** 0.5)
-    rope = ComplexRoPE.Config(dim=shape.head_dim, max_seq_len=shape.max_seq_len, theta=shape.rope_theta, scaling="none")
+    rope = InterleavedRoPE.Config(dim=shape.head_dim, max_seq_len=shape.max_seq_len, theta=shape.rope_theta)
     layers = []
     for layer_id in range(shape.n_layers):
         is_moe = shape.num_experts > 0 and layer_id >= shape.n_dense_layers

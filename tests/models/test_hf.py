@@ -88,10 +88,13 @@ def test_rotary_frequencies_are_the_same(module, flavor, rope):
     for layer in config.layers:
         plain = dataclasses.replace(layer.attention.rope, scaling="none", max_seq_len=4096)
         layer.attention.rope = dataclasses.replace(plain, **ROPES[rope])
-    ours = config.layers[0].attention.rope.build().cache
     dim = config.layers[0].attention.rope.dim
     # Position 1 turns by the frequency itself.
-    angles = torch.asin(ours[1, dim : dim + dim // 2]) if halves else torch.angle(ours[1])
+    ours = config.layers[0].attention.rope.build().cache[1]
+    if halves:
+        angles = torch.asin(ours[dim : dim + dim // 2])
+    else:
+        angles = torch.angle(ours if ours.is_complex() else torch.view_as_complex(ours.view(-1, 2)))
     values = hf_config(config)
     from transformers.models import deepseek_v3, ernie4_5_moe, llama, qwen3, qwen3_moe
 
