@@ -63,11 +63,15 @@ def quiet_logs(verbose: bool) -> Iterator[None]:
         root.setLevel(usual)
 
 
-def show(table: Table, path: Path) -> None:
-    """Print a table, and where its numbers lie."""
+def print_table(table: Table) -> None:
+    """Print a table, not cut to the width of a pipe."""
     from rich.console import Console
 
     console = Console()
-    # Not cut to the width of a pipe.
     Console(width=None if console.is_terminal else 150).print(table)
+
+
+def show(table: Table, path: Path) -> None:
+    """Print a table, and where its numbers lie."""
+    print_table(table)
     print(path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torchtitan.tools import utils
 
-from benchmarks import jobs, memory
+from benchmarks import jobs, kernels, memory
 from benchmarks.contestant import Contestant
 from benchmarks.measure import DeviceClock, TurnFailed, take_turns_or_drop_out
 from benchmarks.summary import Figures
@@ -67,6 +68,15 @@ class Race:
     def last_losses(self) -> dict[str, float]:
         """Run one more step of each; return the losses."""
         return {name: contestant.logged_loss() for name, contestant in self.contestants.items()}
+
+    def profiles(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield where the time of a step goes, of those of these variants that are still in the race."""
+        for name in names:
+            if contestant := self.contestants.get(name):
+                memory.collect(utils.device_type)
+                contestant.run(1)
+                yield name, kernels.profile_step(lambda contestant=contestant: contestant.run(1), utils.device_type)
+                contestant.release()
 
     def close(self) -> None:
         """End all trainers."""

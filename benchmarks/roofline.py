@@ -139,6 +139,30 @@ def cross_entropy_operations(
     ]
 
 
+def expert_operations(dim: int, hidden: int, *, rows: int, experts: int) -> list[Operation]:
+    """Return the forward and backward pass of routed experts (SwiGLU), in bf16, without routing and dispatch.
+
+    Args:
+        rows: tokens times the experts that each goes to.
+        experts: whose weights are read, and whose gradients written, each once for a product.
+    """
+    weights = experts * dim * hidden
+
+    def product(read: int, written: int) -> Work:
+        return 2 * rows * read * written, 2 * (rows * (read + written) + weights)
+
+    inward, outward = product(dim, hidden), product(hidden, dim)
+    return [
+        _operation("gate and up, forward", inward, inward),
+        _operation("SwiGLU, forward", _moved(rows * 3 * hidden)),
+        _operation("down, forward", outward),
+        _operation("down, backward", outward, outward),
+        _operation("SwiGLU, backward", _moved(rows * 5 * hidden)),
+        _operation("gate and up, backward", inward, inward, inward, inward),
+        _operation("sum of the gradients of x", _moved(rows * 3 * dim)),
+    ]
+
+
 def seconds_of(operations: Sequence[Operation], device: Accelerator = H100) -> float:
     """Return the time of operations one after the other, each at the device's limits."""
     return sum(operation.seconds(device) for operation in operations)

@@ -5,6 +5,7 @@
     ... --variant nitp_float8:float8.recipe=tensorwise       a variant of your own: what it changes in "nitp"
     ... --depths 4,2                                          slices of the model, and the whole one extrapolated
     ... --training.local_batch_size 4 --compile.enable        any key of the job, for all variants
+    ... --profile nitp                                        where a step's time goes, kernel by kernel
 
 Writes JSON after every round, so that a run that is cut off leaves what it had, and ends with a table.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
+from benchmarks.console import choose_device, compiled_alone, print_table, quiet_logs, show
 from benchmarks.jobs import Data, Entry, load_entry
 from benchmarks.measure import DeviceClock
 from benchmarks.summary import summarize, table
@@ -47,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--settle", type=int, default=1, help="steps of a turn before them (%(default)s)")
     parser.add_argument("--warmup", type=int, default=4, help="steps of each variant before the rounds (%(default)s)")
     parser.add_argument("--depths", default="", help="numbers of layers with commas, the largest for all variants")
+    parser.add_argument("--profile", default="", help="variants whose kernels of one step are listed, with commas")
     parser.add_argument("--mean-document", type=int, default=Data().mean_document, help="tokens, 0 = whole sequences")
     parser.add_argument("--verbose", action="store_true", help="the trainers' logs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (benchmarks/results/DEVICE/...)")
@@ -102,9 +104,13 @@ def load_entries(options: argparse.Namespace, words: list[str], dump_folder: str
 def run(options: argparse.Namespace, words: list[str], dump_folder: str) -> int:
     """Run the benchmark; return the exit code."""
     entries, full_layers = load_entries(options, words, dump_folder)
+    profiled = [name for name in options.profile.split(",") if name]
+    if unknown := [name for name in profiled if name not in {entry.name for entry in entries}]:
+        raise ValueError(f"--profile: found {unknown[0]!r}, expected some of {', '.join(e.name for e in entries)}")
     if options.out:
         results.check_writable(options.out)
     build(entries[0].job)  # makes TorchTitan ready for this machine, before anything else imports it
+    from benchmarks import kernels
     from benchmarks.race import Race, compiled_graphs, peak_flops, say
 
     first = os.environ["RANK"] == "0"
@@ -139,6 +145,11 @@ def run(options: argparse.Namespace, words: list[str], dump_folder: str) -> int:
     race.run(rounds=options.repeats, steps=options.steps, settle=options.settle, after_round=after_round)
     for name, loss in race.last_losses().items():
         result["variants"][name]["last_loss"] = loss
+    for name, found in race.profiles(profiled):
+        result.setdefault("profiles", {})[name] = found
+        if first:
+            results.write(out, result)
+            print_table(kernels.table(name, found))
     race.close()
     if first and race.contestants:
         results.write(out, result)
