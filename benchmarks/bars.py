@@ -35,7 +35,7 @@ class Results:
     def longest(self, config: str, *paths: tuple[str, ...], whole: bool = True) -> Result | None:
         """Return the throughput result that bars speak of: the one of most rounds that has all of these values.
 
-        Only one H100 counts, and a job as its file has it but for the batch.
+        Only one H100 counts, and a job as its file has it but for the batch and what is recomputed.
 
         Args:
             config: the file's name without its ending.
@@ -65,14 +65,17 @@ class Results:
         return max(found, default=None)
 
 
+_THE_SAME_WORK = {"--training.local_batch_size", "--training.global_batch_size", "--activation_checkpoint.mode"}
+
+
 def _on_one_h100(result: Result) -> bool:
     return "H100" in result["device"] and result["ranks"] == 1
 
 
 def _changed(result: Result) -> bool:
-    """Whether the command line changed more of the job than its batch."""
+    """Whether the command line changed more of the job than its batch and what is recomputed."""
     options = (word.partition("=")[0] for word in result["job_overrides"] if word.startswith("--"))
-    return not {"--training.local_batch_size", "--training.global_batch_size"}.issuperset(options)
+    return not _THE_SAME_WORK.issuperset(options)
 
 
 def _read(path: Path) -> Result:

@@ -26,10 +26,10 @@ def run(flavor: str, file: Path, *options: str, gpu: bool) -> dict[str, torch.Te
 @pytest.mark.parametrize(
     ("flavor", "options", "gpu"),
     [
-        ("debug_moe", [], False),  # that the comparison itself works
-        pytest.param("debug", ["--compile"], True, marks=pytest.mark.gpu),
-        pytest.param("debug_moe", ["--compile"], True, marks=pytest.mark.gpu),
-        pytest.param("debug", [], True, marks=pytest.mark.gpu),
+        pytest.param("debug_moe", [], False, id="cpu-debug_moe"),  # that the comparison itself works
+        pytest.param("debug", ["--compile"], True, marks=pytest.mark.gpu, id="compiled_in_float32-debug"),
+        pytest.param("debug_moe", ["--compile"], True, marks=pytest.mark.gpu, id="compiled_in_float32-debug_moe"),
+        pytest.param("debug", [], True, marks=pytest.mark.gpu, id="eager-debug"),
     ],
 )
 def test_losses_and_gradients_are_a_cpus(flavor, options, gpu, tmp_path):

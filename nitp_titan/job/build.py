@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nitp_titan.job import flex
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import JobError, Problem, one_of, quote
@@ -42,6 +43,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
             job["model"]["module"],
             job["model"]["flavor"],
             job["model"]["attn_backend"],
+            flex_options=changes_of(job[flex.TABLE]),
             **changes_of(job["model.shape"]),
         ),
         "dump_folder": job["job"]["dump_folder"],
@@ -73,20 +75,31 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
     raise JobError(problems)
 
 
-def model_spec(module: str, flavor: str, attn_backend: str, **shape: Any) -> ModelSpec:
+def model_spec(
+    module: str, flavor: str, attn_backend: str, *, flex_options: dict[str, int] | None = None, **shape: Any
+) -> ModelSpec:
     """Return the plain backbone, without NITP, from ours, TorchTitan's or somebody else's ``model_registry``.
 
-    ``shape`` are the fields of :class:`Shape` in which a model of ours differs from its flavor.
+    Args:
+        flex_options: ``kernel_options`` of flex attention, over those that the model has.
+        shape: the fields of :class:`Shape` in which a model of ours differs from its flavor.
     """
     _prepare()
     if module == OURS:
         from nitp_titan.models.registry import model_registry
 
-        return model_registry(flavor, attn_backend=attn_backend, **shape)
-    path = module if "." in module else f"torchtitan.models.{module}"
-    registry = importlib.import_module(path).model_registry
-    takes_backend = "attn_backend" in inspect.signature(registry).parameters
-    return registry(flavor, **({"attn_backend": attn_backend} if takes_backend else {}))
+        spec = model_registry(flavor, attn_backend=attn_backend, **shape)
+    else:
+        path = module if "." in module else f"torchtitan.models.{module}"
+        registry = importlib.import_module(path).model_registry
+        takes_backend = "attn_backend" in inspect.signature(registry).parameters
+        spec = registry(flavor, **({"attn_backend": attn_backend} if takes_backend else {}))
+    if flex_options:
+        from torchtitan.models.common.attention import FlexAttention
+
+        for _, attention, _, _ in spec.traverse(FlexAttention.Config):
+            attention.kernel_options = attention.kernel_options | flex_options
+    return spec
 
 
 def import_facts(draft: Draft) -> ModelFacts:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import experts, float8, layout, machine, pipeline, rules
+from nitp_titan.job import experts, flex, float8, layout, machine, pipeline, rules
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -200,6 +200,7 @@ CHECKS = (
     check_validation_data,
     check_vocabulary,
     *layout.CHECKS,
+    *flex.CHECKS,
     *experts.CHECKS,
     *pipeline.CHECKS,
     *rules.CHECKS,

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.job import tables
 from nitp_titan.models.flavors import Shape
+from nitp_titan.models.flex_options import FlexKernelOptions
 from nitp_titan.nitp_config import NITPConfig
 
 UPSTREAM_SCHEMA = Path(__file__).with_name("upstream_schema.json")
@@ -24,6 +25,7 @@ OUR_TABLES: dict[str, type] = {
     "job": tables.JobTable,
     "model": tables.ModelTable,
     "model.shape": Shape,
+    "model.flex_kernel_options": FlexKernelOptions,
     "nitp": NITPConfig,
     "float8": Float8Config,
     "tokenizer": tables.TokenizerTable,
@@ -35,8 +37,8 @@ OUR_TABLES: dict[str, type] = {
 }
 """Table -> the dataclass that defines it."""
 
-# Tables whose keys are all optional: unset, another table decides ([model] flavor).
-_OPTIONAL_TABLES = ("model.shape",)
+# Tables whose keys are all optional: unset, something else decides ([model] flavor, torch).
+_OPTIONAL_TABLES = ("model.shape", "model.flex_kernel_options")
 
 # Keys of upstream's tables that mean more in ours, since NITPTrainer.Config has our class there: type and meaning.
 _EXTENDED: dict[tuple[str, str], tuple[Any, str]] = {
@@ -47,7 +49,18 @@ _EXTENDED: dict[tuple[str, str], tuple[Any, str]] = {
 }
 
 # The order of a resolved file; a table of a later TorchTitan that is not here comes last.
-_ORDER = ["job", "model", "model.shape", "nitp", "float8", "tokenizer", "dataloader", "training", "optimizer"]
+_ORDER = [
+    "job",
+    "model",
+    "model.shape",
+    "model.flex_kernel_options",
+    "nitp",
+    "float8",
+    "tokenizer",
+    "dataloader",
+    "training",
+    "optimizer",
+]
 _ORDER += ["lr_scheduler", "loss", "parallelism", "activation_checkpoint", "compile", "checkpoint", "metrics"]
 _ORDER += ["validator", "validator.dataloader", "profiler", "comm", "debug", "override"]
 

@@ -14,6 +14,7 @@ from torch import nn
 from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.config_utils import (
     get_attention_config,
     make_ffn_config,
@@ -28,10 +29,12 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.module import Module
 
 from nitp_titan.models.ernie import ErnieStateDictAdapter
 from nitp_titan.models.experts import DtypePreservingGroupedExperts
 from nitp_titan.models.flavors import FLAVORS, Shape
+from nitp_titan.models.flex_options import default_options
 from nitp_titan.models.rope import InterleavedRoPE
 
 
@@ -81,6 +84,14 @@ def _moe(shape: Shape, init: dict[str, Any], residual_init: dict[str, Any]) -> M
     )
 
 
+def _inner_attention(attn_backend: str, head_dim: int) -> Module.Config:
+    config = get_attention_config(attn_backend)
+    if attn_backend == "flex":
+        assert isinstance(config, FlexAttention.Config)
+        config.kernel_options = default_options(head_dim)
+    return config
+
+
 def decoder_config(shape: Shape, *, attn_backend: str = "flex") -> Qwen3Model.Config:
     """Return the configuration of the decoder with this shape.
 
@@ -103,7 +114,7 @@ def decoder_config(shape: Shape, *, attn_backend: str = "flex") -> Qwen3Model.Co
                     head_dim=shape.head_dim,
                     wqkv_param_init=init,
                     wo_param_init=residual_init,
-                    inner_attention=get_attention_config(attn_backend),
+                    inner_attention=_inner_attention(attn_backend, shape.head_dim),
                     fuse_qkv=True,
                     rope=rope,
                 ),
