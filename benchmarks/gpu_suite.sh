@@ -115,6 +115,15 @@ step throughput-0.5b-whole 35 benchmarks.throughput --config $small --variants n
 step second-throughput-0.5b-float8 65 benchmarks.throughput --config $small --variants nitp $(steps 3) \
     --variant nitp_float8:float8.recipe=tensorwise --variant nitp_float8_rowwise:float8.recipe=rowwise \
     --out "$out/throughput-0.5b-float8.json" $four $none
+# Torch's own tiles of flex attention for head dim 160 against ours.
+flex=model.flex_kernel_options
+torchs=$flex.fwd_BLOCK_M=128,$flex.fwd_BLOCK_N=64,$flex.fwd_num_warps=4,$flex.fwd_num_stages=3
+torchs=$torchs,$flex.bwd_BLOCK_M1=64,$flex.bwd_BLOCK_N1=64,$flex.bwd_BLOCK_M2=64,$flex.bwd_BLOCK_N2=64
+torchs=$torchs,$flex.bwd_num_warps=4,$flex.bwd_num_stages=2
+# shellcheck disable=SC2046
+step second-throughput-9b-flex 60 benchmarks.throughput --config $large --variants nitp $(steps 3) \
+    --variant "nitp_torchs_tiles:$torchs" --profile nitp_torchs_tiles --out "$out/throughput-9b-flex.json" \
+    --training.local_batch_size=2 --model.shape.n_layers=3 --nitp.target_layer=none
 step second-gpu-tests 70 pytest "${gpu_tests[@]}" -n 3 tests/test_devices.py tests/test_weight_gradient.py \
     tests/test_linear_cross_entropy.py tests/float8/test_float8_experts.py tests/benchmarks/test_bench_kernels.py
 # shellcheck disable=SC2046

@@ -51,15 +51,14 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+_RANGED_ELSEWHERE = ("nitp", "model.shape", "model.flex_kernel_options")
+
+
 def check_ranges(draft: Draft) -> Iterator[Problem]:
     """Numbers that somebody has set are finite and within their range."""
     for table, key in draft.settings:
         lowest, highest = RANGES.get(f"{table}.{key}", (-_INF, _INF))
-        if (
-            (table, key) in draft.bad
-            or draft.is_default(table, key)
-            or table in ("nitp", "model.shape", "model.flex_kernel_options")
-        ):
+        if (table, key) in draft.bad or draft.is_default(table, key) or table in _RANGED_ELSEWHERE:
             continue
         value = draft.settings[table, key].value
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -49,19 +49,18 @@ _EXTENDED: dict[tuple[str, str], tuple[Any, str]] = {
 }
 
 # The order of a resolved file; a table of a later TorchTitan that is not here comes last.
-_ORDER = [
-    "job",
-    "model",
-    "model.shape",
-    "model.flex_kernel_options",
-    "nitp",
-    "float8",
-    "tokenizer",
-    "dataloader",
+_ORDER = ["job", "model", "model.shape", "model.flex_kernel_options", "nitp", "float8", "tokenizer", "dataloader"]
+_ORDER += [
     "training",
     "optimizer",
+    "lr_scheduler",
+    "loss",
+    "parallelism",
+    "activation_checkpoint",
+    "compile",
+    "checkpoint",
+    "metrics",
 ]
-_ORDER += ["lr_scheduler", "loss", "parallelism", "activation_checkpoint", "compile", "checkpoint", "metrics"]
 _ORDER += ["validator", "validator.dataloader", "profiler", "comm", "debug", "override"]
 
 
