@@ -151,7 +151,7 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_column("implementation", no_wrap=True)
     for name in ("ms (min .. max)", "TFLOPS", "limit ms"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for case in result["cases"]:
+    for case in result["experts"]:
         size = f"{case['flavor']}, {case['tokens']:,} tokens"
         for name, values in case["implementations"].items():
             times = "{median:.3f} ({min:.3f} .. {max:.3f})".format(**values["ms"])
@@ -195,11 +195,11 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or results.default_path("experts", "", facts["device"], device)
     results.check_writable(out)
     compile = device != "cpu" if options.compile is None else options.compile
-    result: dict[str, Any] = {**facts, "rounds": options.repeats, "clock": DeviceClock(device).kind, "cases": []}
+    result: dict[str, Any] = {**facts, "rounds": options.repeats, "clock": DeviceClock(device).kind, "experts": []}
     for case in asked:
         print(f"{case.flavor}: {case.tokens:,} tokens", file=sys.stderr, flush=True)
         found = run_case(case, compile=compile, rounds=options.repeats, steps=options.steps, peak=device != "cpu")
-        result["cases"].append(found)
+        result["experts"].append(found)
         results.write(out, result)
     show(table(result), out)
     return 0

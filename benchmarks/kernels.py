@@ -24,11 +24,13 @@ ROWS = 60
 _GROUPS = (
     ("attention", r"flex_attention|flash|fmha|attention"),
     ("communication", r"nccl"),
-    ("grouped products", r"grouped|moe_gemm"),
+    # Before all that is not inductor's own, since its kernels are named after every operator that they fuse.
+    ("compiled elementwise work and reductions", r"^triton_"),
+    # cuBLASLt's and CUTLASS's mangled names.
+    ("grouped products", r"grouped|GroupProblem|17Group|moe_gemm"),
     ("products", r"nvjet|gemm|cutlass|cublas|xmma|wgmma|splitkreduce|aten::(add)?mm\b|aten::b?mm\b|aten::_scaled_mm"),
     ("optimizer and clipping", r"multi_tensor|foreach|adam|lpnorm"),
     ("copies", r"memcpy|memset|cat_?array|split_with_sizes|chunk_cat|direct_copy|copy_kernel|aten::copy_|aten::cat\b"),
-    ("compiled elementwise work and reductions", r"^triton_"),
 )
 OTHERS = "others"
 

@@ -11,9 +11,11 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.bars import BARS, LARGE, SMALL, UNMEASURED, Results, at
+from benchmarks.bars import BARS, CARDS, LARGE, SMALL, UNMEASURED, Results, at
 from benchmarks.loss import size_of
 from benchmarks.loss_memory import rows as memory_rows
 from benchmarks.results import RESULTS, ROOT
@@ -24,11 +26,14 @@ from nitp_titan.models.flavors import CONTEXT, FLAVORS
 PAGE = ROOT / "docs" / "performance.md"
 SIZES = {"0.5B": 4, "9B-A1B": 2}
 """Flavors of the page, and the sequences of a step."""
+KERNELS = 16
+"""Of which the page has the times."""
 
 
 def bars(results: Results) -> list[str]:
     """Return the table of bars."""
-    head = ["| one H100, bf16, compiled, context 8192 | bar | measured | |", "|---|---|---|---|"]
+    cards = " | ".join(f"one {card}" for card in CARDS)
+    head = [f"| bf16, compiled, context 8192 | must | beyond | {cards} |", f"|---|---|---|{'---|' * len(CARDS)}"]
     return head + [bar.row(results) for bar in BARS]
 
 
@@ -142,25 +147,76 @@ def loss_limits() -> list[str]:
     return lines
 
 
-def gap(results: Results) -> list[str]:
-    """Return what NITP took beside what it takes at its limits."""
-    lines = ["| | at the limits | measured | between |", "|---|---|---|---|"]
-    for flavor, config, whole in (("0.5B", SMALL, True), ("9B-A1B", LARGE, False)):
-        line = roofline(flavor, sequences=SIZES[flavor])
-        lines.append(f"| {flavor}, ms a step of {line.tokens:,} tokens | {_gap(results, config, whole, line)} |")
+def where_time_goes(results: Results) -> list[str]:
+    """Return the groups of kernels of every step that was profiled, and the kernels of most time of the first."""
+    profiles = [
+        (result, name, found) for result in results.throughput for name, found in result.get("profiles", {}).items()
+    ]
+    if not profiles:
+        return [f"A step's kernels: {UNMEASURED}."]
+    groups = list(dict.fromkeys(group for _, _, found in profiles for group in found["groups"]))
+    lines = [
+        f"| ms of a profiled step | variant | {' | '.join(groups)} | nothing ran |",
+        f"|---|---|{'---|' * len(groups)}---|",
+    ]
+    for result, name, found in profiles:
+        figures = [f"{found['groups'].get(group, 0):.1f}" for group in groups]
+        depth = at(result, "variants", name, "layers")
+        what = f"`{result['config']}`, {depth} blocks{_recomputation(result)}, {result['device']}"
+        lines.append(f"| {what} | {name} | {' | '.join(figures)} | {found['idle_ms']:.1f} |")
+    result, name, found = profiles[0]
+    lines += ["", f"The kernels of most time of the first, {name}:", "", "| ms | times | kernel |", "|---|---|---|"]
+    for row in found["kernels"][:KERNELS]:
+        lines.append(f"| {row['ms']:.2f} | {row['count']} | `{row['name'][:90]}` |")
     return lines
 
 
-def _gap(results: Results, config: str, whole: bool, line: Roofline) -> str:
-    limit = 1e3 * line.nitp_seconds
+def _recomputation(result: Mapping[str, Any]) -> str:
+    option = "--activation_checkpoint.mode="
+    found = [word.removeprefix(option) for word in result["job_overrides"] if word.startswith(option)]
+    return f", recomputation {found[-1]}" if found else ""
+
+
+def experts(results: Results) -> list[str]:
+    """Return a table of the routed experts alone for each case of a GPU."""
+    lines: list[str] = []
+    for result in results.experts:
+        lines += [
+            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            "",
+            "| experts of a block, forward and backward | implementation | ms (min .. max) | TFLOPS | limit ms |",
+            "|---|---|---|---|---|",
+        ]
+        for case in result["experts"]:
+            for name, values in case["implementations"].items():
+                times = "{median:.2f} ({min:.2f} .. {max:.2f})".format(**values["ms"])
+                size = f"{case['flavor']}, {case['tokens']:,} tokens"
+                lines.append(f"| {size} | {name} | {times} | {values['tflops']:.0f} | {case['limit_ms']:.2f} |")
+        lines.append("")
+    return lines or [f"The experts on a GPU: {UNMEASURED}."]
+
+
+def gap(results: Results) -> list[str]:
+    """Return what NITP took beside what it takes at its limits."""
+    lines = ["| | at an H100's limits | on one H100 | between | on one H200 |", "|---|---|---|---|---|"]
+    for flavor, config, whole in (("0.5B", SMALL, True), ("9B-A1B", LARGE, False)):
+        line = roofline(flavor, sequences=SIZES[flavor])
+        found = [_gap(replace(results, card=card), config, whole, line) for card in CARDS]
+        between = UNMEASURED if found[0] is None else f"{found[0] - 1e3 * line.nitp_seconds:+.2f}"
+        h100, h200 = (UNMEASURED if ms is None else f"{ms:.2f}" for ms in found)
+        figures = f"{1e3 * line.nitp_seconds:.2f} | {h100} | {between} | {h200}"
+        lines.append(f"| {flavor}, ms a step of {line.tokens:,} tokens | {figures} |")
+    return lines
+
+
+def _gap(results: Results, config: str, whole: bool, line: Roofline) -> float | None:
     paths = [("variants", name, "step_ms", "median") for name in ("ntp", "nitp")]
     result = results.longest(config, *paths, whole=whole)
     # Another batch's time has another limit.
     if result is None or result["tokens_per_step"] != line.tokens:
-        return f"{limit:.2f} | {UNMEASURED} | {UNMEASURED}"
+        return None
     without, with_nitp = (at(result, *path) for path in paths)
-    found = with_nitp - without
-    return f"{limit:.2f} | {found:.2f} | {found - limit:+.2f}"
+    return with_nitp - without
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
@@ -171,6 +227,8 @@ def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
         "throughput": throughput(gpu),
         "loss": losses(gpu),
         "gap": gap(gpu),
+        "kernels": where_time_goes(gpu),
+        "experts": experts(gpu),
         "loss limits": loss_limits(),
         "counted": counted(Results.read(folder, "meta")),
         "cpu": cpu_ratios(cpu),

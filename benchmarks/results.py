@@ -25,9 +25,11 @@ def machine_facts() -> dict[str, Any]:
     from torchtitan.tools import utils
 
     distributed = torch.distributed.is_initialized()
+    gpu = {} if utils.device_type == "cpu" else {"gpu": gpu_facts()}
     return {
         "device": utils.device_module.get_device_name(),
         "device_type": utils.device_type,
+        **gpu,
         "torch": torch.__version__,
         "torchtitan": importlib.metadata.version("torchtitan"),
         "commit": commit(),
@@ -35,8 +37,31 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+_ASKED = {
+    "driver": "driver_version",
+    "sm_clock_max_mhz": "clocks.max.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit",
+    "memory_mib": "memory.total",
+}
+
+
+def gpu_facts() -> dict[str, str | float]:
+    """Return driver, clocks, power limit and memory of the first GPU, as nvidia-smi says; {} where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.splitlines()[0].split(", ")
+    named = dict(zip(_ASKED, values, strict=True))
+    return {name: float(value) if value.replace(".", "", 1).isdigit() else value for name, value in named.items()}
+
+
 def commit() -> str:
-    """Return the checkout's commit, ``-dirty`` where files differ from it; without git ``$COMMIT``, or "?"."""
+    """Return ``$COMMIT`` where it is set, else the checkout's commit, ``-dirty`` where files differ from it, or "?"."""
+    if named := os.environ.get("COMMIT"):
+        return named
 
     def git(*words: str) -> str | None:
         try:
@@ -48,7 +73,7 @@ def commit() -> str:
     found = git("rev-parse", "HEAD")
     # A copy of the files inside another project's checkout has that one's commit.
     if not found or git("rev-parse", "--show-toplevel") != str(ROOT.resolve()):
-        return os.environ.get("COMMIT", "?")
+        return "?"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"{found}-dirty" if changed else found
 

@@ -52,9 +52,9 @@ def test_program(tmp_path, capsys):
     words = ["--device", "cpu", "--repeats", "2", "--steps", "1", "--tokens", "32,64", "--out", f"{tmp_path}/x.json"]
     assert experts.main(words) == 0
     result = json.loads((tmp_path / "x.json").read_text())
-    assert [case["tokens"] for case in result["cases"]] == [32, 64]
-    assert all(set(case["implementations"]) == {"ours", "torchtitan"} for case in result["cases"])
-    assert "limit_ms" not in result["cases"][0]
+    assert [case["tokens"] for case in result["experts"]] == [32, 64]
+    assert all(set(case["implementations"]) == {"ours", "torchtitan"} for case in result["experts"])
+    assert "limit_ms" not in result["experts"][0]
     assert "debug_moe, 64 tokens" in capsys.readouterr().out
 
 

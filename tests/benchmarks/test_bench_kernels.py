@@ -22,6 +22,15 @@ def test_busy_is_the_union_of_the_kernels():
         ("triton_tem_fused__to_copy_flex_attention_backward_3", "attention"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "products"),
         ("void cutlass::device_kernel<at::cuda::detail::GroupedGemmKernel>", "grouped products"),
+        (
+            "_ZN7cutlass13device_kernelIN2at4cuda6detail25enable_3x_kernel_for_sm9xINS_4gemm6kernel13GemmUniversalINS5_17Gr"
+            "oupProblemShape",
+            "grouped products",
+        ),
+        (
+            "triton_poi_fused__to_copy__unsafe_view_add_clone_split_with_sizes_stack_sub_2",
+            "compiled elementwise work and reductions",
+        ),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
         ("Memcpy DtoD (Device -> Device)", "copies"),

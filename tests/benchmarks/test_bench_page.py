@@ -84,7 +84,7 @@ def test_committed_results_are_read():
 def test_without_a_gpu_every_bar_is_unmeasured(tmp_path):
     found = rows(tmp_path)
     assert len(found) == len(BARS)
-    assert all("| unmeasured | |" in row for row in found.values())
+    assert all(row.endswith("| unmeasured | unmeasured |") for row in found.values())
     cpu = copy.deepcopy(THROUGHPUT) | {"device_type": "cpu"}
     counted = {"device_type": "meta", "cases": []}
     assert rows(tmp_path, cpu=cpu, counted=counted) == found
@@ -92,15 +92,33 @@ def test_without_a_gpu_every_bar_is_unmeasured(tmp_path):
 
 def test_bars_are_met_or_missed(tmp_path):
     found = rows(tmp_path, a=THROUGHPUT, b=LOSS)
-    assert found["0.5B: NITP's time over NTP's"].endswith("| at most 1.2 % | +1.10 % | met |")
-    assert found["0.5B: tokens/s with NITP"].endswith("| 89,000 | met |")
-    assert found["0.5B: NITP's peak memory over NTP's"].endswith("| +2.50 % | met |")
-    assert found["0.5B: our NTP's speed in stock TorchTitan's"].endswith("| 0.990 | missed |")
-    assert found["0.5B: NITP's overhead in MTP-1's"].endswith("| 0.050 | met |")
+    none = "| unmeasured |"
+    assert found["0.5B: NITP's time over NTP's"].endswith(f"| at most 1.20 % | 0.90 % | +1.10 %, met {none}")
+    assert found["0.5B: tokens/s with NITP"].endswith(f"| at least 100,000 | 110,000 | 89,000, missed {none}")
+    assert found["0.5B: NITP's peak memory over NTP's"].endswith(f"| +2.50 %, met {none}")
+    assert found["0.5B: our NTP's speed in stock TorchTitan's"].endswith(f"| 0.990, missed {none}")
+    assert found["0.5B: NITP's overhead in MTP-1's"].endswith(f"| 0.050, beyond {none}")
     # The worst of the cases with 8,192 tokens, and no other.
-    assert found["loss of 8,192 tokens: NITP's time over cross-entropy alone"].endswith("| +14.0 % | met |")
-    assert found["loss of 8,192 tokens: NITP's peak above cross-entropy alone"].endswith("| +65.0 MiB | missed |")
-    assert "unmeasured" in found["9B-A1B, from slices: NITP's time over NTP's"]
+    assert found["loss of 8,192 tokens: NITP's time over cross-entropy alone"].endswith(f"| +14.0 %, met {none}")
+    assert found["loss of 8,192 tokens: NITP's peak above cross-entropy alone"].endswith(f"| +65.0 MiB, missed {none}")
+    assert found["9B-A1B, from slices: NITP's time over NTP's"].endswith(f"{none} unmeasured |")
+    # Of an H200 the same, in its own column.
+    others = {"a": THROUGHPUT | {"device": "NVIDIA H200"}, "b": LOSS | {"device": "NVIDIA H200"}}
+    swapped = rows(tmp_path, **others)
+    assert swapped["0.5B: NITP's time over NTP's"].endswith("| unmeasured | +1.10 %, met |")
+    assert swapped["loss of 8,192 tokens: NITP's time over cross-entropy alone"].endswith(
+        "| unmeasured | +14.0 %, met |"
+    )
+
+
+def test_the_fastest_result_says_the_speed(tmp_path):
+    faster = copy.deepcopy(THROUGHPUT) | {"rounds": 1, "baseline": "ntp_joint", "overhead_percent": {"nitp": 0.1}}
+    faster["job_overrides"] = ["--activation_checkpoint.mode=none"]
+    faster["variants"]["nitp"]["tokens_per_second"] = 120_000.0
+    found = rows(tmp_path, a=THROUGHPUT, b=faster)
+    assert found["0.5B: tokens/s with NITP"].endswith("| 120,000, beyond | unmeasured |")
+    # Overheads are over next-token prediction without NITP's model.
+    assert found["0.5B: NITP's time over NTP's"].endswith("| +1.10 %, met | unmeasured |")
 
 
 @pytest.mark.parametrize(
@@ -108,20 +126,21 @@ def test_bars_are_met_or_missed(tmp_path):
     [
         {"device": "NVIDIA H200"},
         {"ranks": 2},
-        {"job_overrides": ["--training.local_batch_size=4", "--activation_checkpoint.mode=none"]},
+        {"baseline": "ntp_joint"},
+        {"job_overrides": ["--training.local_batch_size=4", "--optimizer.implementation=foreach"]},
         {"job_overrides": ["--training.seq_len", "1024"]},
         {"rounds": 3},
     ],
     ids=str,
 )
-def test_bars_speak_of_one_h100_and_the_job_as_it_is(other, tmp_path):
+def test_bars_speak_of_one_gpu_and_the_job_as_it_is(other, tmp_path):
     # Read first, as what gpu_suite.sh calls throughput-0.5b-foreach.json is.
     worse = copy.deepcopy(THROUGHPUT) | other
     worse["overhead_percent"] = {"nitp": 9.0}
     bar = "0.5B: NITP's time over NTP's"
-    assert rows(tmp_path, a=worse, b=THROUGHPUT)[bar].endswith("| +1.10 % | met |")
+    assert "| +1.10 %, met |" in rows(tmp_path, a=worse, b=THROUGHPUT)[bar]
     (tmp_path / "gpu" / "b.json").unlink()
-    assert ("unmeasured" in rows(tmp_path, a=worse)[bar]) is ("rounds" not in other)
+    assert rows(tmp_path, a=worse)[bar].endswith("| 0.90 % | +9.00 %, missed | unmeasured |") is ("rounds" in other)
 
 
 @pytest.mark.parametrize("other", [{"dtype": "float32"}, {"compile": False}, {"tokens": 4096}], ids=str)
@@ -129,8 +148,7 @@ def test_bars_of_the_loss_speak_of_compiled_bf16(other, tmp_path):
     loss = copy.deepcopy(LOSS)
     loss["cases"] = [case | other for case in loss["cases"]]
     bar = "loss of 8,192 tokens: NITP's time over cross-entropy alone"
-    assert "unmeasured" in rows(tmp_path, a=loss)[bar]
-    assert "unmeasured" in rows(tmp_path, a=copy.deepcopy(LOSS) | {"device": "NVIDIA H200"})[bar]
+    assert rows(tmp_path, a=loss)[bar].endswith("| unmeasured | unmeasured |")
 
 
 def test_slices_are_not_the_whole_model(tmp_path):
@@ -139,10 +157,12 @@ def test_slices_are_not_the_whole_model(tmp_path):
         "extrapolation": {"overhead_percent": {"nitp": 0.9}, "arithmetic": ["a sum"]},
     }
     found = rows(tmp_path, a=slices)
-    assert found["9B-A1B, from slices: NITP's time over NTP's"].endswith("| +0.90 % | missed |")
-    assert "unmeasured" in found["0.5B: NITP's time over NTP's"]
+    bar = "9B-A1B, from slices: NITP's time over NTP's"
+    assert found[bar].endswith("| +0.90 %, missed | unmeasured |")
+    none = "| unmeasured | unmeasured |"
+    assert found["0.5B: NITP's time over NTP's"].endswith(none)
     assert "- a sum" in page.blocks(tmp_path)["throughput"]
-    assert "unmeasured" in rows(tmp_path, a=slices | {"config": "nitp_0.5b.toml"})["0.5B: NITP's time over NTP's"]
+    assert rows(tmp_path, a=slices | {"config": "nitp_0.5b.toml"})["0.5B: NITP's time over NTP's"].endswith(none)
 
 
 def test_the_gap_is_to_the_limit_of_the_same_batch(tmp_path):
@@ -150,7 +170,9 @@ def test_the_gap_is_to_the_limit_of_the_same_batch(tmp_path):
 
     limit = 1e3 * roofline("0.5B", sequences=4).nitp_seconds
     found = page.blocks(folder_with(tmp_path, a=THROUGHPUT))["gap"][2]
-    assert found.endswith(f"| {limit:.2f} | 4.00 | {4 - limit:+.2f} |")
+    assert found.endswith(f"| {limit:.2f} | 4.00 | {4 - limit:+.2f} | unmeasured |")
+    other_card = page.blocks(folder_with(tmp_path, a=THROUGHPUT | {"device": "NVIDIA H200"}))["gap"][2]
+    assert other_card.endswith(f"| {limit:.2f} | unmeasured | unmeasured | 4.00 |")
     for variant in ("ntp", "nitp"):  # both times are of one result
         alone = copy.deepcopy(THROUGHPUT) | {"rounds": 9}
         del alone["variants"][variant]
@@ -158,6 +180,26 @@ def test_the_gap_is_to_the_limit_of_the_same_batch(tmp_path):
     (tmp_path / "gpu" / "b.json").unlink()
     other = copy.deepcopy(THROUGHPUT) | {"tokens_per_step": 65536}
     assert page.blocks(folder_with(tmp_path, a=other))["gap"][2].endswith("| unmeasured | unmeasured |")
+
+
+PROFILE = {
+    "wall_ms": 10.0,
+    "busy_ms": 9.0,
+    "idle_ms": 1.0,
+    "groups": {"products": 6.0, "attention": 3.0},
+    "kernels": [{"name": "nvjet_x", "group": "products", "count": 3, "ms": 6.0}],
+}
+
+
+def test_where_a_steps_time_goes(tmp_path):
+    profiled = copy.deepcopy(THROUGHPUT) | {"profiles": {"nitp": PROFILE}}
+    profiled["job_overrides"] = ["--activation_checkpoint.mode=none"]
+    profiled["variants"]["nitp"]["layers"] = 24
+    found = page.blocks(folder_with(tmp_path, a=profiled))["kernels"]
+    what = "`train_configs/nitp_0.5b.toml`, 24 blocks, recomputation none, NVIDIA H100 80GB HBM3"
+    assert found[2] == f"| {what} | nitp | 6.0 | 3.0 | 1.0 |"
+    assert "| 6.00 | 3 | `nvjet_x` |" in found
+    assert page.blocks(folder_with(tmp_path, a=THROUGHPUT))["kernels"] == ["A step's kernels: unmeasured."]
 
 
 def test_tables_of_a_gpu(tmp_path):

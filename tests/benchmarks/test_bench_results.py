@@ -53,10 +53,29 @@ def test_commit(monkeypatch, tmp_path):
     git("add", "file")
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "HEAD").strip()
+    assert results.commit() == "abc"  # what is said outright
+    monkeypatch.delenv("COMMIT")
     assert results.commit() == head
     (tmp_path / "file").write_text("2")
     assert results.commit() == f"{head}-dirty"
+    monkeypatch.setenv("COMMIT", "abc")
     # A folder of somebody else's checkout.
     monkeypatch.setattr(results, "ROOT", tmp_path / "inner")
     (tmp_path / "inner").mkdir()
     assert results.commit() == "abc"
+
+
+def test_facts_of_a_gpu(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '580.159.04, 1980, 3201, 700.00, 143771'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert results.gpu_facts() == {
+        "driver": "580.159.04",
+        "sm_clock_max_mhz": 1980,
+        "memory_clock_mhz": 3201,
+        "power_limit_w": 700,
+        "memory_mib": 143771,
+    }
+    program.unlink()
+    assert results.gpu_facts() == {}

@@ -10,38 +10,48 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import loss, throughput
-from nitp_titan.job import load_job
-from nitp_titan.job.read import split_command_line
-from nitp_titan.train import split_config_file
+from benchmarks import experts, loss, throughput
+from benchmarks.heads import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent.parent
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 
 
-def dry_run() -> dict[str, list[str]]:
-    """Step -> its module and arguments."""
+def dry_run() -> dict[str, tuple[int, list[str]]]:
+    """Step -> its limit in seconds; its module and arguments."""
     env = os.environ | {"DRY_RUN": "1"}
     done = subprocess.run(["bash", str(SUITE), "out"], env=env, capture_output=True, text=True, check=True, cwd=ROOT)
-    lines = dict(line.split(": -m ", 1) for line in done.stdout.splitlines())
-    return {name: shlex.split(words) for name, words in lines.items()}
+    lines = (line.split(": ", 2) for line in done.stdout.splitlines())
+    return {name: (int(limit), shlex.split(words)[1:]) for name, limit, words in lines}
 
 
-STEPS = dry_run()
+LIMITS = {name: limit for name, (limit, _) in dry_run().items()}
+STEPS = {name: words for name, (_, words) in dry_run().items()}
+LATER = ("second-", "third-", "more-")
+FIRST_CALL = [name for name in STEPS if not name.startswith(LATER)]
 
 
 def test_the_most_important_comes_first():
-    assert list(STEPS)[:5] == ["smoke", "throughput-0.5b", "loss", "throughput-9b-a1b", "throughput-0.5b-float8"]
+    assert FIRST_CALL == ["first", "throughput-0.5b", "throughput-0.5b-none", "loss", "throughput-1.9b-a0.3b"]
+    assert list(STEPS)[: len(FIRST_CALL)] == FIRST_CALL
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("throughput")])
+@pytest.mark.parametrize(("call", "budget"), [("", 530), ("second-", 200), ("third-", 200)])
+def test_limits_add_up_to_less_than_a_calls_budget(call, budget):
+    names = [name for name in STEPS if name.startswith(call)] if call else FIRST_CALL
+    assert names
+    assert sum(LIMITS[name] for name in names) <= budget
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if "throughput" in name])
 def test_jobs_of_throughput_are_valid(name, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "1")
     module, *words = STEPS[name]
     assert module == "benchmarks.throughput"
     options, job_words = throughput.parse(words)
     entries, _ = throughput.load_entries(options, job_words, str(tmp_path))
-    assert str(options.out) == f"out/{name}.json"
+    assert f"out/{name}.json".endswith(options.out.name)
+    assert set(filter(None, options.profile.split(","))) <= {entry.name for entry in entries}
     for entry in entries:
         assert entry.job["training"]["seq_len"] == 8192
         assert entry.job["compile"]["enable"]
@@ -49,25 +59,26 @@ def test_jobs_of_throughput_are_valid(name, monkeypatch, tmp_path):
 
 
 def test_bars_have_their_steps():
-    assert "ntp,nitp,stock,mtp,ntp_joint" in STEPS["throughput-0.5b"]
-    assert "4,2" in STEPS["throughput-9b-a1b"]
-    assert "nitp_float8:float8.recipe=tensorwise" in STEPS["throughput-0.5b-float8"]
+    assert "ntp,nitp,stock,ntp_joint" in STEPS["throughput-0.5b"]
+    assert "ntp_joint,nitp,mtp" in STEPS["throughput-0.5b-none"]
+    assert "4,2" in STEPS["second-throughput-9b-a1b"]
+    assert "nitp_float8:float8.recipe=tensorwise" in STEPS["third-throughput-0.5b-float8"]
     own = {name: {word.partition(":")[0] for word in words if ":" in word} for name, words in STEPS.items()}
-    assert own["throughput-0.5b-graphs"] == {"ntp_graphs", "nitp_graphs"}
-    assert own["throughput-0.5b-foreach"] == {"nitp_foreach"}
+    assert own["more-throughput-0.5b-graphs"] == {"ntp_graphs", "nitp_graphs"}
+    assert own["more-throughput-0.5b-switches"] == {"nitp_foreach", "nitp_kept"}
+    assert own["more-throughput-9b-flex"] == {"nitp_torchs_tiles"}
     assert "8192" in STEPS["loss"][STEPS["loss"].index("--tokens") + 1].split(",")
 
 
 def test_other_steps_are_valid():
-    for name in ("loss", "loss-32k"):
-        module, *words = STEPS[name]
-        assert module == "benchmarks.loss"
-        assert loss.parse(words).out == Path(f"out/{name}.json")
-    for name in ("evidence-nitp", "evidence-ntp"):
-        module, *words = STEPS[name]
-        file, rest = split_config_file(words)
-        assert split_command_line(rest)[1] == []
-        assert load_job(file, rest, 1).nitp.enable == (name == "evidence-nitp")
+    module, *words = STEPS["loss"]
+    assert module == "benchmarks.loss"
+    options = loss.parse(words)
+    assert options.out == Path("out/loss.json")
+    assert set(options.implementations.split(",")) <= set(IMPLEMENTATIONS)
+    module, *words = STEPS["second-experts"]
+    assert module == "benchmarks.experts"
+    assert experts.parse(words).out == Path("out/experts.json")
 
 
 def run_suite(folder: Path, python: str, seconds: int) -> subprocess.CompletedProcess[str]:
@@ -78,7 +89,7 @@ def run_suite(folder: Path, python: str, seconds: int) -> subprocess.CompletedPr
 
 def test_gpu_tests_are_all_that_there_are():
     """Every file with a test that needs a GPU is named, and is there."""
-    module, *words = STEPS["gpu-tests"]
+    module, *words = STEPS["third-gpu-tests"]
     assert module == "pytest"
     named = {word for word in words if word.startswith("tests/")}
     marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()}
@@ -88,27 +99,30 @@ def test_gpu_tests_are_all_that_there_are():
 def test_a_failing_step_stops_nothing_and_is_noted(tmp_path):
     """Every step fails here: the interpreter is a command that does, but for saying that nothing is missing."""
     python, out = tmp_path / "python", tmp_path / "out"
-    python.write_text('#!/bin/sh\n[ "$*" = "-m benchmarks.needs" ]\n')
+    said = 'a "word", a \\ and\na second line é\n'
+    (tmp_path / "said").write_text(said)
+    fails = f"cat {tmp_path}/said; exit 1"
+    python.write_text(f'#!/bin/sh\n[ "$*" = "-m benchmarks.needs" ] || {{ {fails}; }}\n')
     python.chmod(0o755)
     assert run_suite(out, str(python), 60).returncode == 1
-    lines = (out / "suite.jsonl").read_text().splitlines()
-    assert [f'"step": "{name}", "exit": 1' in line for name, line in zip(STEPS, lines, strict=True)] == [True] * len(
-        STEPS
-    )
+    lines = [json.loads(line) for line in (out / "suite.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["exit"]) for line in lines] == [(name, 1) for name in FIRST_CALL]
+    # The end of each log, whatever it holds.
+    assert all(line["log_end"] == said for line in lines)
     assert run_suite(out, str(python), 0).returncode == 1
-    assert (out / "suite.jsonl").read_text().count('"exit": null') == len(STEPS)
+    assert (out / "suite.jsonl").read_text().count('"exit": null') == len(FIRST_CALL)
 
 
 def test_some_steps_alone_go_on_with_what_others_wrote(tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
-    for pattern in ("^smoke|graphs", "float8"):
+    for pattern in ("^first|graphs", "float8"):
         env = os.environ | {"PYTHON": str(python), "ONLY": pattern}
         done = subprocess.run(["bash", str(SUITE), str(out)], env=env, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0
     lines = [json.loads(line) for line in (out / "suite.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == ["smoke", "throughput-0.5b-graphs", "throughput-0.5b-float8"]
+    assert [line["step"] for line in lines] == ["first", "more-throughput-0.5b-graphs", "third-throughput-0.5b-float8"]
 
 
 def test_nothing_is_run_where_something_is_missing(tmp_path):
