@@ -15,6 +15,7 @@ from torchtitan.tools import utils as tools
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
+from nitp_titan.copies import CopiesWithoutWaiting
 from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.converter import with_float8
@@ -56,6 +57,7 @@ class NITPTrainer(Trainer):
         super().__init__(with_float8(_with_nitp(config)))
         self.nitp = config.nitp
         self.steps_run = 0
+        self._copies = CopiesWithoutWaiting()
         _check_vocabulary(self.tokenizer, self.model_config)
         self.geometry = HiddenStateGeometry(self.parallel_dims)
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
@@ -74,7 +76,7 @@ class NITPTrainer(Trainer):
         if self.metrics_processor.should_log(self.step):
             self.expert_load.begin_step()
         observe_geometry = bool(self.nitp.geometry_freq) and self.step % self.nitp.geometry_freq == 0
-        with self.geometry.observing(self.model_parts if observe_geometry else []):
+        with self.geometry.observing(self.model_parts if observe_geometry else []), self._copies:
             super().train_step(iter(batches))
         if geometry := self.geometry.take():
             # A step that TorchTitan did not log.
@@ -107,7 +109,8 @@ class NITPTrainer(Trainer):
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
         """As TorchTitan's; the experts' loads are read before the optimizer step clears them."""
-        loss = super().forward_backward_step(**kwargs)
+        with self._copies.paused():
+            loss = super().forward_backward_step(**kwargs)
         self.expert_load.end_micro_batch()
         return loss
 
