@@ -13,9 +13,18 @@ from nitp_titan.runtime.shim import Shim
 
 def shims() -> list[Shim]:
     """Every shim there is, in the order in which they are applied."""
-    from nitp_titan.runtime import cpu_attention, cpu_device, flex_masks, gloo, noise, pipelining, torch_gaps
+    from nitp_titan.runtime import (
+        async_collectives,
+        cpu_attention,
+        cpu_device,
+        flex_masks,
+        gloo,
+        noise,
+        pipelining,
+        torch_gaps,
+    )
 
-    modules = (noise, torch_gaps, cpu_device, gloo, cpu_attention, flex_masks, pipelining)
+    modules = (noise, torch_gaps, cpu_device, gloo, async_collectives, cpu_attention, flex_masks, pipelining)
     return [shim for module in modules for shim in module.SHIMS]
 
 

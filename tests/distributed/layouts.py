@@ -129,6 +129,8 @@ LAYOUTS = [
     # Our MoE: a dense block and three of 8 experts.
     layout("debug_moe", 2),
     layout("debug_moe", 2, reshard="always", ac="full"),
+    layout("debug_moe", 2, tp=2, local_batch_size=1),
+    layout("debug_moe", 4, pp=2, tp=2, schedule="1F1B"),
     layout("debug_moe", 2, ep=2, local_batch_size=2),
     layout("debug_moe", 2, ep=2, tp=2),
     layout("debug_moe", 2, cp=2, ep=2),
