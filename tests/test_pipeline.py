@@ -9,7 +9,7 @@ from torchtitan.models.common.moe import MoE
 
 from nitp_titan.pipeline import isolate_rehearsal
 from tests.distributed.layouts import layout
-from tests.distributed.test_parity import config_of
+from tests.distributed.parity import config_of
 from tests.ranks import run_on_ranks
 from tests.trainers import running
 

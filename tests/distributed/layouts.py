@@ -18,10 +18,14 @@ SHORT = {
     "sp": "enable_sequence_parallel",
     "pp": "pipeline_parallel_degree",
     "schedule": "pipeline_parallel_schedule",
+    "micro": "pipeline_parallel_microbatch_size",
     "ep": "expert_parallel_degree",
     "reshard": "fsdp_reshard_after_forward",
 }
 """Fields of TorchTitan's ``ParallelismConfig``, as the table writes them."""
+
+OPTIONS = ("ac", "compile", "implementation", "chunk")
+"""Fields of :class:`Layout` that a row of the table may name."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Layout:
     implementation: str | None = None
     """Of the losses, where it is not "fast"."""
 
+    chunk: int | None = None
+    """Tokens of a chunk of the losses; by default so few that each loss is taken in two chunks."""
+
     @property
     def local_batch_size(self) -> int:
         rows = ROWS // self.data_parallel_degree
@@ -51,8 +58,9 @@ class Layout:
 
     @property
     def chunk_tokens(self) -> int:
-        """Of the losses: so few that each is taken in two chunks."""
-        sequences = 1 if "pp" in self.parallelism else self.local_batch_size
+        if self.chunk:
+            return self.chunk
+        sequences = self.parallelism.get("micro", 1) if "pp" in self.parallelism else self.local_batch_size
         return sequences * SEQ_LEN // self.parallelism.get("cp", 1) // 2
 
     @property
@@ -67,12 +75,12 @@ class Layout:
     def __str__(self) -> str:
         given = {**self.parallelism, **self.nitp}
         given |= {"local": self.batch} if self.batch else {}
-        given |= {name: value for name in ("ac", "compile", "implementation") if (value := getattr(self, name))}
+        given |= {name: value for name in OPTIONS if (value := getattr(self, name))}
         return "-".join([self.model, f"{self.ranks}ranks", *(f"{name}={value}" for name, value in given.items())])
 
 
 def layout(model: str, ranks: int, *, nitp: dict[str, Any] | None = None, **options: Any) -> Layout:
-    own = {name: options.pop(name) for name in ("ac", "compile", "implementation") if name in options}
+    own = {name: options.pop(name) for name in OPTIONS if name in options}
     own["batch"] = options.pop("local_batch_size", None)
     return Layout(model, ranks, options, nitp or {}, **own)
 

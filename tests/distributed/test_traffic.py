@@ -11,7 +11,7 @@ from torch.distributed import _functional_collectives as funcol
 
 from tests.distributed.batches import ROWS, SEQ_LEN
 from tests.distributed.layouts import Layout, layout
-from tests.distributed.test_parity import config_of
+from tests.distributed.parity import config_of
 from tests.distributed.traffic import Traffic
 from tests.ranks import run_on_ranks
 from tests.trainers import running
