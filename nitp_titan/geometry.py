@@ -140,6 +140,11 @@ class GeometryStatistics:
         """
         self._packed = all_reduce(self._packed)
 
+    @property
+    def count(self) -> int:
+        """Rows that have been counted; waits for the device."""
+        return int(self._parts()[0].item())
+
     @torch.no_grad()
     def effective_rank(self) -> Tensor:
         """Return ``effective_rank`` of all rows, 0-d float64; variance lost in rounding counts as none."""

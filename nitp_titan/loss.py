@@ -69,14 +69,14 @@ class JointLoss(BaseLoss):
         Args:
             pred: (1, 2), the [[NTP, NITP]] sums of an NITP decoder.
             labels: unused; the decoder has had them.
-            global_valid_tokens: 0-d, the step's valid labels. None, as in validation: both sums are only kept, and the
-                NTP sum is returned.
+            global_valid_tokens: 0-d, the step's valid labels. In a step without one the NTP loss is zero. None, as in
+                validation: both sums are only kept, and the NTP sum is returned.
         """
         sums = pred[0]
         if global_valid_tokens is None:
             self.parts.add_(sums.detach())
             return sums[0], {}
         assert self._valid_pairs is not None, "begin_step has not been called"
-        losses = sums / torch.stack([global_valid_tokens.to(sums.dtype), self._valid_pairs])
+        losses = sums / torch.stack([global_valid_tokens.clamp(min=1).to(sums.dtype), self._valid_pairs])
         self.parts.add_(losses.detach())
         return losses[0] + self.weight * losses[1], {}

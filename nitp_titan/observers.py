@@ -72,12 +72,17 @@ class HiddenStateGeometry:
         self._statistics.update(h_BLD, self._valid_BL.pop(0))
 
     def take(self) -> dict[str, float]:
-        """Return and forget what was observed, reduced over the ranks that hold parts of the batch; {} if nothing."""
+        """Return and forget what was observed, reduced over the ranks that hold parts of the batch.
+
+        {} if nothing was, and of a step with fewer than two tokens that count, which have no geometry.
+        """
         statistics, self._statistics = self._statistics, None
         if statistics is None:
             return {}
         mesh = self._parallel_dims.get_optional_mesh("loss")
         statistics.reduce(lambda x: dist_utils.dist_sum_tensor(x, mesh))
+        if statistics.count < 2:
+            return {}
         return {
             EFFECTIVE_RANK: statistics.effective_rank().item(),
             MEAN_COSINE: statistics.mean_cosine_similarity().item(),

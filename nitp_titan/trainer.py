@@ -107,10 +107,14 @@ class NITPTrainer(Trainer):
         self.geometry.expect(labels)
         return inputs, labels, extra_kwargs
 
-    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """As TorchTitan's; the experts' loads are read before the optimizer step clears them."""
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """As TorchTitan's; the experts' loads are read before the optimizer step clears them.
+
+        Where no label of a step counts its loss is zero and so are its gradients, whatever the loss: TorchTitan's own
+        divides by the number of labels, 0 / 0. All other steps have a number of at least 1, which stays what it is.
+        """
         with self._copies.paused():
-            loss = super().forward_backward_step(**kwargs)
+            loss = super().forward_backward_step(global_valid_tokens=global_valid_tokens.clamp(min=1), **kwargs)
         self.expert_load.end_micro_batch()
         return loss
 

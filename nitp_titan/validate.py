@@ -10,6 +10,7 @@ from torch import nn
 from torchtitan.components import validate as upstream
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
 
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
@@ -32,11 +33,18 @@ class Validator(upstream.Validator):
             self.metrics_processor.validation_sources.append(self._losses)
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Take the mean losses over the validation batches."""
+        """Take the mean losses over the validation batches; of batches in which no label counts they are zero."""
         if isinstance(self.loss_fn, JointLoss):
             self._pairs = torch.zeros((), dtype=torch.int64, device=utils.device_type)
             self.loss_fn.begin_step(self._pairs)
-        super().validate(model_parts, step)
+        try:
+            super().validate(model_parts, step)
+        except ZeroDivisionError:
+            # TorchTitan divides by the labels of all ranks, so that every rank comes here. What it has not done yet:
+            logger.warning("No label of the validation batches counts: their loss is 0")
+            self.metrics_processor.log_validation(loss=0.0, step=step)
+            for model in model_parts:
+                model.train()
 
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[nn.Module]

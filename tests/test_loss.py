@@ -39,6 +39,16 @@ def test_a_step_without_pairs_has_no_nitp_loss():
     assert total.item() == pytest.approx(100 / 40)
 
 
+def test_a_step_without_labels_has_no_loss_and_finite_gradients():
+    loss = begun(1.0, 0.0)
+    sums = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    total, _ = loss(sums, None, torch.tensor(0))
+    total.backward()
+    assert total.item() == 0
+    assert loss.parts.tolist() == [0, 0]
+    assert sums.grad.isfinite().all()
+
+
 def test_a_new_step_forgets_the_last_and_keeps_its_storage():
     loss = begun(1.0, 20.0)
     loss(torch.tensor([[100.0, 10.0]]), None, torch.tensor(40))

@@ -17,6 +17,7 @@ def shims() -> list[Shim]:
         async_collectives,
         cpu_attention,
         cpu_device,
+        empty_ranks,
         flex_masks,
         gloo,
         noise,
@@ -24,7 +25,17 @@ def shims() -> list[Shim]:
         torch_gaps,
     )
 
-    modules = (noise, torch_gaps, cpu_device, gloo, async_collectives, cpu_attention, flex_masks, pipelining)
+    modules = (
+        noise,
+        torch_gaps,
+        cpu_device,
+        gloo,
+        async_collectives,
+        cpu_attention,
+        flex_masks,
+        pipelining,
+        empty_ranks,
+    )
     return [shim for module in modules for shim in module.SHIMS]
 
 

@@ -61,10 +61,14 @@ class StraddlingBatches(BaseDataLoader):
         first = range(dp_rank * rows, (dp_rank + 1) * rows, local_batch_size)
         self.parts = [slice(start, start + local_batch_size) for start in first]
 
+    def rows_of(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return tokens, positions and labels (ROWS, SEQ_LEN) of a step."""
+        return global_batch(step, self.vocab_size)
+
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         step = 0
         while True:
-            tokens, positions, labels = global_batch(step, self.vocab_size)
+            tokens, positions, labels = self.rows_of(step)
             for part in self.parts:
                 yield {"input": tokens[part], "positions": positions[part]}, labels[part]
             step += 1
@@ -74,3 +78,25 @@ class StraddlingBatches(BaseDataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+class FewLabels(StraddlingBatches):
+    """The same, but that almost all labels of the first step are ignored, and all of the second and the fourth.
+
+    Those that count are in the first row and before the first of four parts of a sequence ends: of one data-parallel
+    rank, of one micro-batch, and with either balancer of one of two context ranks.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(StraddlingBatches.Config):
+        pass
+
+    def rows_of(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, positions, labels = super().rows_of(step)
+        counts = torch.zeros_like(labels, dtype=torch.bool)
+        counts[0, : SEQ_LEN // 4] = step == 0
+        return tokens, positions, labels if step in LABELLED else labels.where(counts, -100)
+
+
+LABELLED = (2, 4, 5)
+"""Steps, counted from 0, in which :class:`FewLabels` has the labels of :class:`StraddlingBatches`."""

@@ -173,7 +173,7 @@ of the error over the gradient's. TorchTitan's mixtures (qwen3_moe, deepseek_v3)
 
 def rows(layouts: dict[int, Layout]) -> Iterator[tuple[str, bool]]:
     """Train numbered layouts; yield each one's row of the table, and whether it is within its tolerances."""
-    from tests.distributed.parity import References, run_layout
+    from tests.distributed.parity import References, compare
 
     with tempfile.TemporaryDirectory() as folder:
         references = References(Path(folder, "one"))
@@ -182,7 +182,7 @@ def rows(layouts: dict[int, Layout]) -> Iterator[tuple[str, bool]]:
             run = Path(folder, str(number))
             run.mkdir()
             try:
-                found = run_layout(drawn_layout, run, references)
+                found = compare(drawn_layout, run, references)
             except Exception as error:  # whatever it is, the other layouts are worth running
                 traceback.print_exc()
                 yield f"{begin}{'| ' * 9}| FAILED: {str(error).strip().splitlines()[-1]} |", False

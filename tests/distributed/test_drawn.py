@@ -12,7 +12,7 @@ from nitp_titan.job.pipeline import SCHEDULES
 from nitp_titan.nitp_config import LossKind
 from tests.distributed.drawn import CHUNKS, DEGREES, MODELS, RANKS, RECOMPUTATION, accepted, drawn, words
 from tests.distributed.layouts import SHORT, Layout, layout
-from tests.distributed.parity import References, config_of, run_layout
+from tests.distributed.parity import References, compare, config_of
 
 # Of 60 seeds the one whose layouts have most in them: all degrees, in ten combinations.
 TRAINED = drawn(24, 12, ranks=(2, 4))
@@ -28,7 +28,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 @pytest.mark.parametrize("layout", TRAINED, ids=str)
 def test_drawn_layout_trains_as_one_process_does(layout: Layout, references: References, tmp_path):
-    assert not list(run_layout(layout, tmp_path, references).problems(layout))
+    assert not list(compare(layout, tmp_path, references).problems(layout))
 
 
 def test_a_seed_has_its_layouts():

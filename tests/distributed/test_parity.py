@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed.batches import CUT, ROWS, SEQ_LEN, global_batch
 from tests.distributed.layouts import LAYOUTS, Layout, layout
-from tests.distributed.parity import TOLERANCES, Differences, References, Tolerances, ratio, run_layout
+from tests.distributed.parity import TOLERANCES, Differences, References, Tolerances, compare, ratio
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_trains_as_one_process_does(layout: Layout, references: References, tmp_path):
-    assert not list(run_layout(layout, tmp_path, references).problems(layout))
+    assert not list(compare(layout, tmp_path, references).problems(layout))
 
 
 def test_documents_straddle_every_boundary():
