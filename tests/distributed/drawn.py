@@ -1,6 +1,6 @@
 """Layouts drawn at random from all that ``nitp-titan check`` accepts, held to one process as the table's rows are.
 
-    python -m tests.distributed.drawn --seed 1 --count 60 --out tests/distributed/drawn_layouts.md
+    python -m tests.distributed.drawn --seed 8 --count 60 --out tests/distributed/drawn_layouts.md
 
 writes a row for each as it ends: what was trained, and how far from one process it was. The exit code is 1 if any row
 is beyond its tolerances.
@@ -46,22 +46,25 @@ USUAL = {"replicate": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": True, "micro"
 """What a layout has that says nothing else; it is sharded over the ranks that are left."""
 
 
-def drawn(seed: int, count: int, *, ranks: Sequence[int] = tuple(RANKS)) -> list[Layout]:
+def drawn(
+    seed: int, count: int, *, ranks: Sequence[int] = tuple(RANKS), models: Sequence[str] = tuple(MODELS)
+) -> list[Layout]:
     """Return the first ``count`` different layouts of a seed that ``check`` accepts for training on this machine.
 
     Args:
         ranks: only layouts with one of these numbers of ranks.
+        models: only layouts of one of these.
     """
     generator = random.Random(seed)
     found: dict[str, Layout] = {}
     while len(found) < count:
-        candidate = _candidate(generator, ranks)
+        candidate = _candidate(generator, ranks, models)
         if str(candidate) not in found and accepted(candidate):
             found[str(candidate)] = candidate
     return list(found.values())
 
 
-def _candidate(generator: random.Random, allowed_ranks: Sequence[int]) -> Layout:
+def _candidate(generator: random.Random, allowed_ranks: Sequence[int], allowed_models: Sequence[str]) -> Layout:
     """Draw a layout whose degrees multiply to its ranks; whether it can be trained is for ``check`` to say."""
 
     def one_of(choices: Sequence[T]) -> T:
@@ -70,8 +73,8 @@ def _candidate(generator: random.Random, allowed_ranks: Sequence[int]) -> Layout
     def weighted(weights: dict[T, int]) -> T:
         return generator.choices(list(weights), list(weights.values()))[0]
 
-    model = weighted(MODELS)
-    ranks = weighted({number: weight for number, weight in RANKS.items() if number in allowed_ranks})
+    model = weighted({name: MODELS[name] for name in allowed_models})
+    ranks = weighted({number: RANKS[number] for number in allowed_ranks})
     degrees = dict.fromkeys(DEGREES, 1)
     for _ in range(ranks.bit_length() - 1):
         degrees[one_of(DEGREES)] *= 2
@@ -205,7 +208,7 @@ def main() -> int:
     layouts = {number: layouts[number] for number in options.only or layouts}
     fine = True
     with options.out.open("w") as out:
-        out.write(HEADER.format(**vars(options), torch=torch.__version__))
+        print(HEADER.format(**vars(options), torch=torch.__version__), end="", file=out, flush=True)
         for row, within in rows(layouts):
             print(row, file=out, flush=True)
             fine &= within

@@ -150,18 +150,22 @@ class References:
         key = layout.model, *sorted(layout.nitp.items())
         if key not in self._made:
             folder = self._folder / f"{len(self._made)}-{layout.model}"
-            alone = Layout(layout.model, 1, nitp=layout.nitp)
-            config = config_of(folder / "seed", alone)
-            if self.change is not None:
-                self.change(config)
-            config.checkpoint.enable = config.checkpoint.create_seed_checkpoint = True
-            with running(config) as trainer:
-                trainer.checkpointer.save(0, last_step=True)
-            seed_checkpoint = folder / "seed" / "checkpoint" / "step-0"
-            (folder / "one").mkdir()
-            train(folder / "one", seed_checkpoint, alone, self.change)
-            self._made[key] = seed_checkpoint, folder / "one"
+            # Not in this process: a trainer's memory stays with it, since TorchTitan turns Python's collector off.
+            run_on_ranks(1, _train_alone, folder, Layout(layout.model, 1, nitp=layout.nitp), self.change)
+            self._made[key] = folder / "seed" / "checkpoint" / "step-0", folder / "one"
         return self._made[key]
+
+
+def _train_alone(folder: Path, alone: Layout, change: Change | None) -> None:
+    """Save a seed checkpoint and train from it: in ``folder``, ``seed/checkpoint/step-0`` and ``one``."""
+    config = config_of(folder / "seed", alone)
+    if change is not None:
+        change(config)
+    config.checkpoint.enable = config.checkpoint.create_seed_checkpoint = True
+    with running(config) as trainer:
+        trainer.checkpointer.save(0, last_step=True)
+    (folder / "one").mkdir()
+    train(folder / "one", folder / "seed" / "checkpoint" / "step-0", alone, change)
 
 
 class Differences(NamedTuple):
