@@ -13,7 +13,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from nitp_titan.nitp_config import NITPConfig
 from tests.distributed.batches import ROWS, FewLabels
 from tests.distributed.layouts import Layout, layout
-from tests.distributed.parity import LOSSES, STEPS, References, gradients, ratio, run_layout, values
+from tests.distributed.parity import LOSSES, STEPS, VALIDATION, References, gradients, ratio, run_layout, values
 
 WITHOUT = [1, 3]
 """Steps, counted from 0, without any label that counts."""
@@ -22,9 +22,8 @@ MAX = "loss_metrics/global_max_loss"
 
 
 def with_few_labels(config: Any) -> None:
-    """Train on :class:`FewLabels`, all rows of a step counting in its geometry or none: it is not looked at here."""
-    config.dataloader = FewLabels.Config(vocab_size=config.dataloader.vocab_size)
-    config.validator.enable = False
+    """Train on :class:`FewLabels`, and validate on the few of the first step; a step without labels has no geometry."""
+    config.dataloader = config.validator.dataloader = FewLabels.Config(vocab_size=config.dataloader.vocab_size)
     config.nitp.geometry_freq = 0
 
 
@@ -59,6 +58,10 @@ def _agree(layout: Layout, one: Path, folder: Path, tags: tuple[str, ...]) -> No
     # The largest mean of a rank that has labels is no less than the mean over all. (TorchTitan divides a context
     # rank's sum by the labels of whole sequences.)
     assert "cp" in layout.parallelism or (found[:, -1] >= found[:, 0] * (1 - 1e-6)).all()
+    validation = VALIDATION if len(tags) == len(LOSSES) else VALIDATION[:1]
+    found, expected = values(folder, validation)[-1], values(one, validation)[-1]
+    assert expected.all()
+    assert ratio((found - expected).abs(), expected.abs()).max() < 1e-4
     of, expected_of = gradients(folder), gradients(one)
     assert of.keys() == expected_of.keys()
     for name, grad in expected_of.items():
