@@ -76,6 +76,19 @@ def check_expert_shards(draft: Draft) -> Iterator[Problem]:
     )
 
 
+def check_sequence_parallel(draft: Draft) -> Iterator[Problem]:
+    """Experts that exchange tokens leave each tensor-parallel rank a part of the sequence: blocks must take it."""
+    model, layout = draft.facts(), Layout.of(draft)
+    if model.num_experts and layout.expert > 1 and layout.tensor > 1 and not layout.sequence_parallel:
+        yield draft.problem(
+            "parallelism",
+            "enable_sequence_parallel",
+            f"found false, expected true with expert_parallel_degree {layout.expert} and tensor_parallel_degree "
+            f"{layout.tensor}: TorchTitan's experts return parts of the sequence",
+            "or set expert_parallel_degree = 1",
+        )
+
+
 def check_exchange(draft: Draft) -> Iterator[Problem]:
     """Expert parallelism needs an all-to-all that works on this machine."""
     if draft.get("parallelism", "expert_parallel_degree") > 1 and _gloo_lacks_all_to_all():
@@ -87,4 +100,4 @@ def check_exchange(draft: Draft) -> Iterator[Problem]:
         )
 
 
-CHECKS = (check_expert_shards,)
+CHECKS = (check_expert_shards, check_sequence_parallel)

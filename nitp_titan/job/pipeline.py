@@ -136,6 +136,20 @@ def check_zero_bubble(draft: Draft) -> Iterator[Problem]:
             f"{schedule} takes the gradients of inputs and weights apart, which compiled blocks do not let it",
             'set pipeline_parallel_schedule = "Interleaved1F1B", or compile.enable = false',
         )
+    if schedule in SPLIT_BACKWARD and draft.get("parallelism", "fsdp_reshard_after_forward") == "always":
+        yield draft.problem(
+            "parallelism",
+            "fsdp_reshard_after_forward",
+            f'found "always", expected "default" or "never" with {schedule}: it takes the gradients of inputs and '
+            "weights apart, and those of weights that FSDP frees in between are lost",
+        )
+    if schedule in SPLIT_BACKWARD and draft.get("activation_checkpoint", "mode") == "selective":
+        yield draft.problem(
+            "activation_checkpoint",
+            "mode",
+            f'found "selective", expected "full" or "none" with {schedule}: it goes back through a block twice, and '
+            "what is selected is kept for one time",
+        )
     if schedule in V_SHAPED and draft.get("validator", "enable"):
         yield draft.problem(
             "validator",

@@ -78,6 +78,22 @@ def test_a_wrong_degree_brings_no_layout_and_no_other_problem():
     assert problem.key == "--parallelism.tensor_parallel_degree"
 
 
+SPREAD = [f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "expert")]
+
+
+def test_experts_over_tensor_parallel_ranks_need_sequence_parallelism():
+    off = "--parallelism.no-enable_sequence_parallel"
+    with pytest.raises(JobError) as caught:
+        load(*SPREAD, off, ranks=2)
+    [problem] = caught.value.problems
+    assert "found false, expected true with expert_parallel_degree 2 and tensor_parallel_degree 2" in str(problem)
+    load(*SPREAD, ranks=2)
+    load(SPREAD[0], off, ranks=2)
+    load(SPREAD[1], off, ranks=2)
+    # Of a dense model the degree is ignored.
+    load(*SPREAD, off, ranks=2, flavor="0.5B")
+
+
 def test_a_resolved_file_fits_a_larger_world(tmp_path):
     job = load(ranks=8)
     path = tmp_path / "resolved.toml"
