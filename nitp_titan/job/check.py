@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import experts, flex, float8, layout, machine, pipeline, rules
+from nitp_titan.job import experts, flex, float8, hf_weights, layout, machine, pipeline, rules
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -199,6 +199,7 @@ CHECKS = (
     check_data,
     check_validation_data,
     check_vocabulary,
+    hf_weights.check_hf_config,
     *layout.CHECKS,
     *flex.CHECKS,
     *experts.CHECKS,
@@ -241,6 +242,7 @@ def check_output(draft: Draft) -> Iterator[Problem]:
 
 MACHINE_CHECKS = (
     check_assets,
+    hf_weights.check_hf_files,
     check_output,
     rules.check_device,
     rules.check_selective_checkpointing,

@@ -8,6 +8,7 @@ from nitp_titan.job import machine
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.experts import expert_degree, shard_degree
+from nitp_titan.job.hf_weights import note_partial
 from nitp_titan.job.layout import DEGREES, Layout
 from nitp_titan.job.schema import all_tables
 
@@ -173,6 +174,7 @@ RULES = (
     _experts,
     _float8,
     _ignored,
+    note_partial,
     _last_checkpoint,
     _validation_data,
     _local_batch,

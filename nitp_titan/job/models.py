@@ -8,6 +8,7 @@ from typing import Any
 from nitp_titan.costs import parts_of_shape
 from nitp_titan.job.schema import upstream
 from nitp_titan.models.flavors import FLAVORS, Shape
+from nitp_titan.models.hf_json import Computed, computed_by_shape
 
 OURS = "nitp_titan"
 
@@ -31,6 +32,8 @@ class ModelFacts:
     """Whether embedding and unembedding are one matrix."""
     params: int | None = None
     """All parameters, without NITP's projector."""
+    computed: Computed | None = None
+    """What a Hugging Face folder's config.json is compared with; None where no stock architecture has its weights."""
 
 
 def modules() -> list[str]:
@@ -65,6 +68,7 @@ def facts_of_shape(shape: Shape) -> ModelFacts:
         expert_hidden_dim=shape.expert_hidden_dim if shape.num_experts else None,
         tied=shape.tie_embeddings,
         params=parts_of_shape(shape).total(),
+        computed=computed_by_shape(shape),
     )
 
 
@@ -86,7 +90,16 @@ def facts_of(config: Any) -> ModelFacts | None:
         expert_hidden_dim=moe.routed_experts.inner_experts.hidden_dim if moe is not None else None,
         tied=config.enable_weight_tying,
         params=_count(config),
+        computed=_computed(config),
     )
+
+
+def _computed(config: Any) -> Computed | None:
+    from nitp_titan.models.hf import architecture_of
+    from nitp_titan.models.hf_facts import computed_by
+
+    architecture = architecture_of(config)
+    return computed_by(config, architecture.name) if architecture is not None else None
 
 
 def _count(config: Any) -> int:

@@ -8,6 +8,8 @@ from torchtitan.models.common import FeedForward, MoE, RoPE
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.model import Attention as LatentAttention
 
+from nitp_titan.models.hf_json import Computed, leading, rope_facts
+
 
 def moe_of(config: Decoder.Config) -> MoE.Config | None:
     """Return the first mixture of experts; None in a dense model."""
@@ -73,3 +75,50 @@ def rope_parameters(attention: Any) -> dict[str, Any]:
             scaling |= {"mscale": attention.mscale, "mscale_all_dim": attention.mscale}
         return {"rope_type": "yarn", **theta, **scaling}
     return {"rope_type": "default", **theta}
+
+
+def computed_by(config: Decoder.Config, architecture: str) -> Computed:
+    """Return what a decoder computes, under the names of :mod:`nitp_titan.models.hf_json`.
+
+    Args:
+        config: a decoder whose blocks are alike, as the stock architectures' are.
+        architecture: the stock architecture that its weights have the names of.
+    """
+    attention, dense, moe = config.layers[0].attention, dense_of(config), moe_of(config)
+    latent = isinstance(attention, LatentAttention.Config)
+    heads = heads_of(config, attention)
+    renamed = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
+    if latent:
+        del heads["num_key_value_heads"]
+        heads |= {"q_lora_rank": attention.q_lora_rank, "rope_interleave": True}
+    computed: Computed = {
+        "architecture": architecture,
+        "n_layers": len(config.layers),
+        "dim": config.dim,
+        **{renamed.get(key, key): value for key, value in heads.items()},
+        **({"hidden_dim": dense.w1.out_features} if dense is not None else {}),
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm.eps,
+        "tie_embeddings": config.enable_weight_tying,
+        "activation": "silu",
+        "attention_bias": attention.wo.bias,
+        "mlp_bias": dense is not None and dense.w1.bias,
+        "sliding_window": 0,
+        **rope_facts(rope_parameters(attention), latent=latent),
+        "num_experts": 0,
+    }
+    if moe is None:
+        return computed
+    experts = experts_of(moe)
+    return computed | {
+        "num_experts": experts["num_experts"],
+        "top_k": experts["top_k"],
+        "expert_hidden_dim": experts["hidden_dim"],
+        "num_shared_experts": experts["num_shared"],
+        "n_dense_layers": leading(i for i, layer in enumerate(config.layers) if layer.moe is None),
+        "router_score_func": experts["score_func"],
+        "router_norm": experts["route_norm"],
+        "router_scale": experts["route_scale"],
+        "router_groups": experts["num_expert_groups"] or 1,
+        "router_groups_chosen": experts["num_limited_groups"] or 1,
+    }
