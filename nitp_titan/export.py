@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpointer.base import DATALOADER, LR_SCHEDULER, OPTIMIZER
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.models.common.decoder import Decoder
 
 from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.decoder import PROJECTOR_PREFIX
+from nitp_titan.fit import Misfit, a_few
 from nitp_titan.job import Job
 from nitp_titan.job.build import model_spec
 from nitp_titan.job.shape import changes_of
@@ -42,9 +42,6 @@ from nitp_titan.tokenizer_files import write_tokenizer
 SHARD_SIZE = "5GB"
 
 logger = logging.getLogger(__name__)
-
-# What a training checkpoint holds besides the model.
-_TRAINER_STATES = (DATALOADER, LR_SCHEDULER, OPTIMIZER, "train_state")
 
 
 class ExportError(ValueError):
@@ -154,13 +151,8 @@ class Checkpoint:
 
     def problems(self, model: dict[str, torch.Tensor]) -> list[str]:
         """Return in what the checkpoint differs from a model's state dict; the projector is not looked at."""
-        others = [name for name in self.entries if name not in model and not name.startswith(PROJECTOR_PREFIX)]
-        extra = [name for name in others if name.partition(".")[0] not in _TRAINER_STATES]
-        missing = [name for name in model if name not in self.entries]
-        sizes = [(name, getattr(self.entries.get(name), "size", None), tensor.shape) for name, tensor in model.items()]
-        wrong = [f"{n} {_size(s)}, not {_size(m)}" for n, s, m in sizes if n in self.entries and s != m]
-        found = {"lacks tensors": missing, "has tensors too many": extra, "has tensors of other sizes": wrong}
-        return [f"{self.folder} {what} for the job's model: {_a_few(names)}" for what, names in found.items() if names]
+        entries = {name: entry for name, entry in self.entries.items() if not name.startswith(PROJECTOR_PREFIX)}
+        return [f"{self.folder} {sentence}" for sentence in Misfit.of(entries, model).sentences()]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
@@ -224,7 +216,7 @@ class Plan:
                 homeless.append(origin)
         # Of upstream's Qwen3 MoE that is the selection bias; all zeros, it does nothing.
         if lost := [name for name in homeless if source.load([name])[name].any()]:
-            raise ExportError(f"{architecture.name} has no place for what is not zero: {_a_few(lost)}")
+            raise ExportError(f"{architecture.name} has no place for what is not zero: {a_few(lost)}")
         return cls(
             architecture=architecture,
             adapter=adapter,
@@ -277,12 +269,3 @@ def _tokenizer(job: Job) -> BaseTokenizer:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _size(size: Iterable[int] | None) -> str:
-    return "x".join(map(str, size)) if size is not None else "no tensor"
-
-
-def _a_few(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
