@@ -37,7 +37,7 @@ from nitp_titan.job import Job
 from nitp_titan.job.build import model_spec
 from nitp_titan.job.shape import changes_of
 from nitp_titan.models.hf import Architecture, architecture_of, hf_config, obstacles
-from nitp_titan.tokenizer_files import write_tokenizer
+from nitp_titan.tokenizer_files import TokenizerError, write_tokenizer
 
 SHARD_SIZE = "5GB"
 
@@ -90,13 +90,16 @@ def export(checkpoint: Path, out: Path, job: Job, dtype: str | None = None) -> N
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
-        write_tokenizer(tokenizer, Path(job["model"]["hf_assets_path"]), part)
+        pad = write_tokenizer(tokenizer, Path(job["model"]["hf_assets_path"]), part)
         specials = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": tokenizer.eos_id}
         name = str(plan.dtype).removeprefix("torch.")
         _write_json(part / "config.json", hf_config(spec.model) | specials | {"pad_token_id": None, "dtype": name})
-        _write_json(part / "generation_config.json", specials)
+        # Not in config.json: transformers would keep an EOS that pads from being trained further as an input.
+        _write_json(part / "generation_config.json", specials | {"pad_token_id": pad})
         plan.write(part)
         part.rename(out)
+    except TokenizerError as error:
+        raise ExportError(f"model.hf_assets_path: {error}") from error
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error}") from error
     finally:

@@ -87,8 +87,11 @@ def test_special_tokens_are_the_tokenizers(flavor, tmp_path):
     ]
     model = loaded(tmp_path / "out")
     # Not those that transformers has for the architecture; Ernie's would keep an embedding row at zero.
-    for config in (model.config, GenerationConfig.from_pretrained(tmp_path / "out")):
-        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, EOS, None)
+    for config, pad in ((model.config, None), (GenerationConfig.from_pretrained(tmp_path / "out"), EOS)):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, EOS, pad)
+    # A batch of texts needs a padding token.
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(["a", "bcd"], padding=True)
+    assert batch["input_ids"] == [[256, 97, EOS, EOS], [256, 98, 99, 100]]
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
 
@@ -112,6 +115,7 @@ def test_a_tokenizer_of_hugging_face_goes_along(tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "bos_token_id": None,
         "eos_token_id": 2,
+        "pad_token_id": 2,
     }
 
 
@@ -160,3 +164,12 @@ def test_a_run_without_nitp_is_exported_too(tmp_path):
     assert not hasattr(ours, "projector")
     export(tmp_path / "step-3", tmp_path / "out", job)
     check_same(ours, loaded(tmp_path / "out"), 512)
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_moe"])
+def test_transformers_4_finds_the_rotary_base(flavor, tmp_path):
+    job = shrunken(flavor)
+    trained(job, tmp_path / "step-3")
+    export(tmp_path / "step-3", tmp_path / "out", job)
+    # It reads no rope_parameters, and has another base for Ernie.
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 700.0

@@ -13,7 +13,8 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer
 
 from nitp_titan.data.tokenizer import ByteTokenizer
-from nitp_titan.tokenizer_files import write_tokenizer
+from nitp_titan.tokenizer_files import TokenizerError, write_tokenizer
+from tests.tokenizers_of_others import KINDS, TEXTS, write_kind
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 
@@ -35,7 +36,8 @@ def byte_tokenizer(request, tmp_path_factory):
 @given(TEXT)
 def test_bytes_have_their_own_ids(byte_tokenizer, text):
     ids = ByteTokenizer().encode(text)
-    assert byte_tokenizer(text)["input_ids"] == ids
+    assert byte_tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert byte_tokenizer(text)["input_ids"] == ByteTokenizer().encode(text, add_bos=True)
     assert byte_tokenizer.decode(ids) == text
 
 
@@ -47,9 +49,10 @@ def test_any_ids_are_decoded_alike(byte_tokenizer, ids):
 
 def test_byte_tokenizers_special_tokens(byte_tokenizer):
     assert (byte_tokenizer.bos_token_id, byte_tokenizer.eos_token_id, len(byte_tokenizer)) == (256, 257, 258)
+    assert byte_tokenizer.pad_token_id == 257
     # In a text they are text, as in training.
     for text in ("<eos>", "a<bos> b", "<0x41>", " \t\r\n ", "É\u0301 ﬁ 👩‍🚀"):
-        assert byte_tokenizer(text)["input_ids"] == list(text.encode())
+        assert byte_tokenizer(text)["input_ids"] == [256, *text.encode()]
 
 
 @pytest.fixture
@@ -91,3 +94,89 @@ def test_a_vocabulary_without_tokenizer_json_becomes_one(assets, tmp_path):
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, assets, tmp_path / "out")
     assert loaded(tmp_path / "out")("the other")["input_ids"] == ours.encode("the other")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", ["llama", "ernie4_5_moe", "qwen3"])
+def test_the_ids_are_those_of_training_whatever_class_is_named(kind, model_type, tmp_path):
+    assets = write_kind(kind, tmp_path / "assets")
+    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
+    (tmp_path / "out").mkdir()
+    pad = write_tokenizer(ours, assets, tmp_path / "out")
+    theirs = loaded(tmp_path / "out", model_type)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == ours.encode(text, add_bos=True, add_eos=False), text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, pad)
+    own_pad = (KINDS[kind][1] or {}).get("pad_token")
+    assert theirs.pad_token_id == (theirs.convert_tokens_to_ids(own_pad) if own_pad else ours.eos_id)
+    # Nothing else says how to tokenize.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    again = HuggingFaceTokenizer(tokenizer_path=str(tmp_path / "out"))
+    assert (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id)
+    assert all(again.encode(text, add_bos=True) == ours.encode(text, add_bos=True) for text in TEXTS)
+
+
+def test_a_bos_that_training_leaves_out_is_not_set(tmp_path):
+    assets = write_kind("digits with a BOS, as Llama", tmp_path / "assets")
+
+    class Bare(HuggingFaceTokenizer):
+        add_bos = False
+
+        def encode(self, text, **_):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    ours = Bare(tokenizer_path=str(assets))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, assets, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.bos_token_id == ours.bos_id == 0
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is False
+
+
+def test_special_tokens_that_training_split_stay_split(assets, tmp_path):
+    (assets / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
+    ours.tokenizer.encode_special_tokens = True
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, assets, tmp_path / "out")
+    ids = loaded(tmp_path / "out")("a<|end|>")["input_ids"]
+    assert ids == ours.encode("a<|end|>")
+    assert len(ids) == len("a<|end|>")
+
+
+def test_truncation_and_padding_stay_behind(assets, tmp_path):
+    tokenizer = Tokenizer.from_file(str(assets / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9, pad_token="<|end|>", pad_id=257)
+    tokenizer.save(str(assets / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(HuggingFaceTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    assert len(theirs("abcdefgh")["input_ids"]) == 8
+    assert len(theirs("ab")["input_ids"]) == 2
+
+
+def test_a_chat_template_goes_along(assets, tmp_path):
+    (assets / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (assets / "tokenizer_config.json").write_text('{"model_max_length": 77, "eos_token": "<|end|>"}')
+    (tmp_path / "out").mkdir()
+    write_tokenizer(HuggingFaceTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    assert theirs.model_max_length == 77
+
+
+def test_other_ids_than_trainings_are_refused(assets, tmp_path):
+    class Shouting(HuggingFaceTokenizer):
+        def encode(self, text, **options):
+            return super().encode(text.upper(), **options)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(TokenizerError, match=r"the exported tokenizer gives .* for 'The quick"):
+        write_tokenizer(Shouting(tokenizer_path=str(assets)), assets, tmp_path / "out")

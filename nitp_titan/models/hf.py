@@ -84,7 +84,8 @@ def hf_config(config: Decoder.Config) -> dict[str, Any]:
     architecture = architecture_of(config)
     if architecture is None or obstacles(config):
         raise ValueError("; ".join(obstacles(config)))
-    dense = dense_of(config)
+    dense, rope = dense_of(config), rope_parameters(config.layers[0].attention)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -96,7 +97,10 @@ def hf_config(config: Decoder.Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm.eps,
         "max_position_embeddings": config.max_seq_len,
-        "rope_parameters": rope_parameters(config.layers[0].attention),
+        "rope_parameters": rope,
+        # As transformers 4 calls them. It reads nothing else, and has another base where it finds none.
+        "rope_theta": rope["rope_theta"],
+        **({"rope_scaling": scaling} if rope["rope_type"] != "default" else {}),
         "tie_word_embeddings": config.enable_weight_tying,
         "use_cache": True,
         **architecture.own_keys(config),

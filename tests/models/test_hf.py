@@ -22,7 +22,9 @@ def transformers_model(config):
     values = hf_config(config)
     theirs = AutoConfig.for_model(**values)
     for key, value in values.items():
-        assert getattr(theirs, key) == value, key
+        # What transformers 4 reads, 5 has under rope_parameters.
+        assert key in ("rope_theta", "rope_scaling") or getattr(theirs, key) == value, key
+    assert theirs.rope_parameters == values["rope_parameters"]
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(theirs)
 
@@ -106,6 +108,11 @@ def test_rotary_frequencies_are_the_same(module, flavor, rope):
         "deepseek_v3": deepseek_v3.modeling_deepseek_v3.DeepseekV3RotaryEmbedding,
     }
     theirs = AutoConfig.for_model(**values)
+    # The same for transformers 4, under its names.
+    assert (
+        values.get("rope_scaling", {"rope_type": "default"}) | {"rope_theta": values["rope_theta"]}
+        == (values["rope_parameters"])
+    )
     rotary = kinds[values["model_type"]](theirs)
     torch.testing.assert_close(rotary.inv_freq[: len(angles)], angles, rtol=1e-4, atol=1e-6)
     assert rotary.attention_scaling == 1
