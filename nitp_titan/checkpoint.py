@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager as Upstream
 from torchtitan.components.checkpointer.base import OPTIMIZER
+from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 
-from nitp_titan.decoder import PROJECTOR_PREFIX
+from nitp_titan.decoder import PROJECTOR_PREFIX, backbone_config
 from nitp_titan.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
 from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.models.hf import hf_config
 
 
 class CheckpointManager(Upstream):
@@ -46,6 +49,31 @@ class CheckpointManager(Upstream):
             _check(state_dict, stored, checkpoint_id)
             state_dict = _without_what_the_checkpoint_lacks(state_dict, stored)
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """Save as TorchTitan does; Hugging Face weights with the ``config.json`` that they are to be read with."""
+        saved = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        if to_hf and (not dist.is_initialized() or dist.get_rank() == 0):
+            assert self.sd_adapter is not None  # or TorchTitan has refused
+            self._write_hf_config(Path(checkpoint_id))
+        return saved
+
+    def _write_hf_config(self, folder: Path) -> None:
+        try:
+            # pyrefly: ignore [missing-attribute]
+            values = hf_config(backbone_config(self.sd_adapter.model_config))
+        except ValueError as error:
+            logger.warning(f"{folder} has no config.json: {error}")
+            return
+        values["dtype"] = str(self.export_dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def _check_hugging_face(self, state_dict: dict[str, Any], folder: Path, from_quantized: bool) -> None:
         if self.sd_adapter is None:

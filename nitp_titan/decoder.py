@@ -136,6 +136,14 @@ def _backbone_adapter(base: type[BaseStateDictAdapter]) -> type[BaseStateDictAda
     return BackboneAdapter
 
 
+def backbone_config(config: Any) -> Any:
+    """Return a decoder's configuration without NITP; ``config`` itself where it has none."""
+    if not issubclass(type(config)._owner, NITPDecoder):
+        return config
+    stock = type(config).__bases__[0]
+    return stock(**{field.name: getattr(config, field.name) for field in dataclasses.fields(stock)})
+
+
 def nitp_model_spec(
     spec: ModelSpec, nitp: NITPConfig, *, chunk_tokens: int = CHUNK_TOKENS, implementation: Implementation = "fast"
 ) -> ModelSpec:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from nitp_titan.checkpoint import CheckpointManager
 from nitp_titan.export import export
 from nitp_titan.job import JobError
+from nitp_titan.job.models import facts
+from nitp_titan.models.hf_json import differences
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp_config import NITPConfig
 from tests.commands import call, debug_job, losses
@@ -172,3 +174,20 @@ def test_hugging_face_weights_of_another_model_are_refused(hugging_face, tmp_pat
     (folder / "config.json").write_text(json.dumps(config))
     with running(loading(tmp_path, corpus, folder, flavor=flavor, hf=True)) as trainer:
         assert trainer.checkpointer.load()
+
+
+def test_what_is_saved_for_hugging_face_can_be_started_from(tmp_path, corpus):
+    last = {"last_save_in_hf": True, "last_save_model_only": True}
+    config = trainer_config(tmp_path / "first", corpus, checkpoint=CheckpointManager.Config(enable=True, **last))
+    with running(config) as trainer:
+        trainer.checkpointer.save(7, last_step=True)
+        first = {name: value.clone() for name, value in trainer.model_parts[0].state_dict().items()}
+    folder = tmp_path / "first" / "checkpoint" / "step-7"
+    values = json.loads((folder / "config.json").read_text())
+    computed = facts("nitp_titan", "debug").computed
+    assert values["architectures"] == ["LlamaForCausalLM"]
+    assert differences(values, computed) == []
+    with running(loading(tmp_path, corpus, folder, hf=True)) as trainer:
+        assert trainer.checkpointer.load()
+        second = trainer.model_parts[0].state_dict()
+        assert all(torch.equal(second[name], first[name]) for name in first if not name.startswith("projector."))

@@ -289,9 +289,7 @@ def test_a_run_is_exported_by_the_command(name, tmp_path, capsys):
     model.load_state_dict(weights)
     check_same(model.eval(), loaded(out), 320)
     if name == "debug_moe":
-        saved = run / "checkpoint" / "step-2"
-        (saved / "config.json").write_text((out / "config.json").read_text())
-        assert type(loaded(saved)).__name__ == "Ernie4_5_MoeForCausalLM"
+        assert type(loaded(run / "checkpoint" / "step-2")).__name__ == "Ernie4_5_MoeForCausalLM"
 
 
 def test_bad_words_of_an_export_end_with_2_and_one_line_a_problem(tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchtitan.models.deepseek_v3 import model_registry as deepseek_v3
 
-from nitp_titan.decoder import nitp_model_spec
+from nitp_titan.decoder import backbone_config, nitp_model_spec
 from nitp_titan.nitp_config import NITPConfig
 from nitp_titan.objective import Projector
 from tests.decoders import OWN, STOCK, PackedBatch, backbone, built, packed_batch
@@ -186,3 +186,13 @@ def test_what_cannot_have_a_twin_is_refused():
         nitp_model_spec(nitp_model_spec(spec, NITPConfig()), NITPConfig())
     with pytest.raises(ValueError, match="multi-token-prediction"):
         nitp_model_spec(deepseek_v3("debugmodel", num_mtp_layers=1), NITPConfig())
+
+
+@pytest.mark.parametrize(("module", "flavor"), STOCK + OWN)
+def test_the_backbones_configuration_comes_back(module, flavor):
+    spec = backbone(module, flavor)
+    found = backbone_config(nitp_model_spec(spec, NITPConfig()).model)
+    assert type(found) is type(spec.model)
+    assert len(found.layers) == len(spec.model.layers)
+    assert not hasattr(found, "nitp")
+    assert backbone_config(spec.model) is spec.model

@@ -11,7 +11,8 @@ from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.errors import Problem, quote
 from nitp_titan.job.models import OURS, ModelFacts, facts, flavors
 from nitp_titan.job.schema import all_tables, upstream
-from nitp_titan.models.hf_json import Computed, Difference, differences
+from nitp_titan.models.hf_families import Computed
+from nitp_titan.models.hf_json import Difference, differences
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

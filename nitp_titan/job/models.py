@@ -8,7 +8,8 @@ from typing import Any
 from nitp_titan.costs import parts_of_shape
 from nitp_titan.job.schema import upstream
 from nitp_titan.models.flavors import FLAVORS, Shape
-from nitp_titan.models.hf_json import Computed, computed_by_shape
+from nitp_titan.models.hf_families import Computed
+from nitp_titan.models.hf_json import computed_by_shape
 
 OURS = "nitp_titan"
 

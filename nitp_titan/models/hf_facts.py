@@ -8,7 +8,8 @@ from torchtitan.models.common import FeedForward, MoE, RoPE
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.model import Attention as LatentAttention
 
-from nitp_titan.models.hf_json import Computed, leading, rope_facts
+from nitp_titan.models.hf_families import Computed
+from nitp_titan.models.hf_json import leading, rope_facts
 
 
 def moe_of(config: Decoder.Config) -> MoE.Config | None:

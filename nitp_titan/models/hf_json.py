@@ -7,14 +7,11 @@ default of its class in transformers; 4 and 5 agree on all that are used here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nitp_titan.models.flavors import Shape
-
-Computed = dict[str, Any]
-"""Name -> value of everything that a decoder's logits depend on, besides its weights."""
+from nitp_titan.models.hf_families import COMMON, FAMILIES, NO_EXTRAS, PLAIN_ROUTER, SIZES, Computed, Family
 
 
 class Said(NamedTuple):
@@ -44,14 +41,14 @@ def computed_by_shape(shape: Shape) -> Computed:
         **{name: getattr(shape, name) for name in ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim")},
         **({"hidden_dim": shape.hidden_dim} if dense_layers else {}),
         **{name: getattr(shape, name) for name in ("vocab_size", "norm_eps", "tie_embeddings")},
-        **_NO_EXTRAS,
+        **NO_EXTRAS,
         **rope_facts({"rope_theta": shape.rope_theta}, latent=False),
         "num_experts": shape.num_experts,
     }
     if sparse:
         names = ("top_k", "expert_hidden_dim", "num_shared_experts", "n_dense_layers", "router_score_func")
         computed |= {name: getattr(shape, name) for name in names}
-        computed |= {"router_norm": shape.router_norm, **_PLAIN_ROUTER}
+        computed |= {"router_norm": shape.router_norm, **PLAIN_ROUTER}
     return computed
 
 
@@ -103,129 +100,6 @@ def _yarn_attention(rope: Mapping[str, Any]) -> Any:
     return scale(1)
 
 
-_NO_EXTRAS: Computed = {"activation": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": 0}
-"""Of every decoder here."""
-
-_PLAIN_ROUTER: Computed = {"router_scale": 1.0, "router_groups": 1, "router_groups_chosen": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Family:
-    """How a ``model_type`` writes what it computes."""
-
-    architecture: str
-    keys: dict[str, tuple[str, ...]]
-    """Name -> the keys that it may stand under."""
-    defaults: Computed = field(default_factory=dict)
-    fixed: Computed = field(default_factory=dict)
-    """What no key changes."""
-    theta: float = 10_000.0
-    latent: bool = False
-    is_dense: Callable[[Mapping[str, Any], int], bool] | None = None
-    """Whether a block has no experts; None where none has."""
-
-
-_SIZES = {
-    "n_layers": ("num_hidden_layers",),
-    "dim": ("hidden_size",),
-    "n_heads": ("num_attention_heads",),
-    "vocab_size": ("vocab_size",),
-}
-_COMMON = _SIZES | {
-    "hidden_dim": ("intermediate_size",),
-    "norm_eps": ("rms_norm_eps",),
-    "tie_embeddings": ("tie_word_embeddings",),
-    "activation": ("hidden_act",),
-    "attention_bias": ("attention_bias",),
-}
-_GROUPED = _COMMON | {"n_kv_heads": ("num_key_value_heads",), "head_dim": ("head_dim",)}
-_COMMON_DEFAULTS = {"norm_eps": 1e-6, "tie_embeddings": False, "activation": "silu", "attention_bias": False}
-_NO_WINDOW = {"sliding_window": 0}
-_NO_MLP_BIAS = {"mlp_bias": False}
-_DENSE = {"num_experts": 0}
-
-
-def _ernie_dense(values: Mapping[str, Any], block: int) -> bool:
-    end = values.get("moe_layer_end_index", -1)
-    after = block < values.get("moe_layer_start_index", 1) or (end != -1 and block > end)
-    return after or (block + 1) % values.get("moe_layer_interval", 1) != 0
-
-
-def _qwen3_dense(values: Mapping[str, Any], block: int) -> bool:
-    return block in (values.get("mlp_only_layers") or ()) or (block + 1) % values.get("decoder_sparse_step", 1) != 0
-
-
-_FAMILIES = {
-    "llama": _Family(
-        architecture="LlamaForCausalLM",
-        keys=_GROUPED | {"mlp_bias": ("mlp_bias",)},
-        defaults=_COMMON_DEFAULTS | _NO_MLP_BIAS,
-        fixed=_NO_WINDOW | _DENSE,
-    ),
-    "ernie4_5_moe": _Family(
-        architecture="Ernie4_5_MoeForCausalLM",
-        keys=_GROUPED
-        | {
-            "attention_bias": ("use_bias",),
-            "mlp_bias": ("use_bias",),
-            "num_experts": ("moe_num_experts", "num_experts"),
-            "top_k": ("moe_k", "num_experts_per_tok"),
-            "expert_hidden_dim": ("moe_intermediate_size",),
-            "num_shared_experts": ("moe_num_shared_experts",),
-        },
-        defaults=_COMMON_DEFAULTS
-        | _NO_MLP_BIAS
-        | {"norm_eps": 1e-5, "tie_embeddings": True, "n_kv_heads": 4}
-        | {"num_experts": 64, "top_k": 6, "num_shared_experts": 2},
-        fixed=_NO_WINDOW | _PLAIN_ROUTER | {"router_score_func": "softmax", "router_norm": True},
-        theta=500_000.0,
-        is_dense=_ernie_dense,
-    ),
-    "qwen3": _Family(
-        architecture="Qwen3ForCausalLM",
-        keys=_GROUPED,
-        defaults=_COMMON_DEFAULTS | {"n_kv_heads": 32, "head_dim": 128},
-        fixed=_NO_MLP_BIAS | _DENSE,
-    ),
-    "qwen3_moe": _Family(
-        architecture="Qwen3MoeForCausalLM",
-        keys=_GROUPED
-        | {
-            "num_experts": ("num_experts", "num_local_experts"),
-            "top_k": ("num_experts_per_tok",),
-            "expert_hidden_dim": ("moe_intermediate_size",),
-            "router_norm": ("norm_topk_prob",),
-        },
-        defaults=_COMMON_DEFAULTS | {"n_kv_heads": 4, "num_experts": 128, "top_k": 8, "router_norm": False},
-        fixed=_NO_MLP_BIAS | _PLAIN_ROUTER | {"router_score_func": "softmax", "num_shared_experts": 0},
-        is_dense=_qwen3_dense,
-    ),
-    "deepseek_v3": _Family(
-        architecture="DeepseekV3ForCausalLM",
-        keys=_COMMON
-        | {name: (name,) for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")}
-        | {
-            "v_head_dim": ("v_head_dim",),
-            "rope_interleave": ("rope_interleave",),
-            "num_experts": ("n_routed_experts", "num_local_experts"),
-            "top_k": ("num_experts_per_tok",),
-            "expert_hidden_dim": ("moe_intermediate_size",),
-            "num_shared_experts": ("n_shared_experts",),
-            "router_norm": ("norm_topk_prob",),
-            "router_scale": ("routed_scaling_factor",),
-            "router_groups": ("n_group",),
-            "router_groups_chosen": ("topk_group",),
-        },
-        defaults=_COMMON_DEFAULTS
-        | {"q_lora_rank": 1536, "rope_interleave": True, "top_k": 8, "num_shared_experts": 1, "router_norm": True}
-        | {"router_scale": 2.5, "router_groups": 8, "router_groups_chosen": 4},
-        fixed=_NO_MLP_BIAS | _NO_WINDOW | {"router_score_func": "sigmoid"},
-        latent=True,
-        is_dense=lambda values, block: block < values.get("first_k_dense_replace", 3),
-    ),
-}
-
-
 def differences(values: Mapping[str, Any], computed: Computed) -> list[Difference]:
     """Return in what a ``config.json`` differs from a decoder; of what only one side has, nothing is said.
 
@@ -254,7 +128,7 @@ def _same(one: Any, other: Any) -> bool:
 def _said(values: Mapping[str, Any]) -> Iterator[Said]:
     """Yield what the file says, under the names of :data:`Computed`."""
     kind = values.get("model_type")
-    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     named = values.get("architectures")
     if isinstance(named, list) and named:
         yield Said("architecture", "architectures", named[0])
@@ -262,7 +136,7 @@ def _said(values: Mapping[str, Any]) -> Iterator[Said]:
         yield Said("architecture", "model_type", family.architecture)
     if family is None:
         yield Said("architecture", "model_type", kind)
-        generic = _COMMON | {"n_kv_heads": ("num_key_value_heads",)}
+        generic = COMMON | {"n_kv_heads": ("num_key_value_heads",)}
         for name, keys in generic.items():
             yield from (Said(name, key, values[key]) for key in keys if values.get(key) is not None)
         return
@@ -283,7 +157,7 @@ def _said(values: Mapping[str, Any]) -> Iterator[Said]:
         yield Said("rope_theta", "rope_theta beside its rope_parameters", outside)
 
 
-def _sizes(values: Mapping[str, Any], family: _Family) -> Iterator[tuple[str, Said]]:
+def _sizes(values: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Said]]:
     found: dict[str, Any] = {}
     for name, keys in family.keys.items():
         key = next((key for key in keys if key in values), keys[0])
@@ -300,20 +174,13 @@ def _sizes(values: Mapping[str, Any], family: _Family) -> Iterator[tuple[str, Sa
             value = value or 0
         if value is None:
             raise ValueError(f"lacks {key}")
-        if name in _SIZES and (type(value) is not int or value < 1):
+        if name in SIZES and (type(value) is not int or value < 1):
             raise ValueError(f"has {key} = {value!r}, expected a whole number")
         found[name] = value
         yield name, Said(name, key, value)
     if family.is_dense is not None:
         dense = leading(block for block in range(found["n_layers"]) if family.is_dense(values, block))
-        yield "n_dense_layers", Said("n_dense_layers", _DENSE_KEYS[family.architecture], dense)
-
-
-_DENSE_KEYS = {
-    "Ernie4_5_MoeForCausalLM": "moe_layer_start_index",
-    "Qwen3MoeForCausalLM": "mlp_only_layers",
-    "DeepseekV3ForCausalLM": "first_k_dense_replace",
-}
+        yield "n_dense_layers", Said("n_dense_layers", family.dense_key, dense)
 
 
 def _window(values: Mapping[str, Any], kind: Any) -> int:
