@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _refuse(message: str) -> int:
     """Say what is wrong, once for all ranks, and return the exit code."""
+    if handed := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # TorchTitan hands torchrun the traceback of whatever it raises, which would be printed at the end.
+        Path(handed).unlink(missing_ok=True)
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     else:

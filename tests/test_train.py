@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nitp_titan.plot import read_scalars
-from nitp_titan.train import split_config_file
+from nitp_titan.train import main, split_config_file
 from tests.commands import call, debug_job, losses
 
 
@@ -95,3 +95,15 @@ def test_without_a_file_the_usage_is_printed():
     done = call()
     assert done.returncode == 2
     assert "--job.config_file FILE" in done.stderr
+
+
+def test_a_refusal_leaves_torchrun_no_traceback_to_print(tmp_path, monkeypatch, capsys):
+    # TorchTitan writes what its trainer raises to this file, which torchrun prints.
+    handed = tmp_path / "error.json"
+    handed.write_text("{}")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(handed))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([f"--job.config_file={tmp_path / 'nowhere.toml'}"]) == 2
+    assert "nowhere.toml" in capsys.readouterr().err
+    assert not handed.exists()
