@@ -9,6 +9,7 @@ from nitp_titan.job import float8
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import quote
 from nitp_titan.job.resolve import Job
+from nitp_titan.job.schedule import Schedule
 from nitp_titan.job.schema import all_tables, describe
 from nitp_titan.job.shape import changes_of
 from nitp_titan.report import summary
@@ -33,9 +34,10 @@ def explain(job: Job) -> str:
         *([("cost", f"NITP: {cost}")] if cost else []),
         *zip(["float8", *[""] * len(float8_lines)], float8_lines, strict=False),
         ("output", _output(job)),
-        *[("note", note) for note in job.notes],
+        *[("note", note) for note in job.notes if note not in job.doubts],
         *misfit,
         *[("warning", warning) for warning in float8_warnings],
+        *[("warning", doubt) for doubt in job.doubts],
         *[("warning", str(warning)) for warning in job.warnings],
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
@@ -99,14 +101,11 @@ def _steps(job: Job) -> str:
 
 def _optimizer(job: Job) -> str:
     table, schedule = job["optimizer"], job["lr_scheduler"]
-    total = schedule["total_steps"] or job["training"]["steps"]
-    warmup = min(schedule["warmup_steps"], total)
-    ratio = schedule["decay_ratio"]
-    decay = total - warmup if ratio is None else min(round(total * ratio), total - warmup)
+    parts = Schedule.of(lambda table, key: job[table][key])
     loss = loss_name(job["loss"]["name"], job["nitp"]["enable"])
     return (
-        f"{table['name']}, learning rate {table['lr']:g}: {warmup:,} steps up, {total - warmup - decay:,} stable, "
-        f"{decay:,} down ({schedule['decay_type']}); loss {loss}"
+        f"{table['name']}, learning rate {table['lr']:g}: {parts.warmup:,} steps up, {parts.stable:,} stable, "
+        f"{parts.decay:,} down ({schedule['decay_type']}); loss {loss}"
     )
 
 

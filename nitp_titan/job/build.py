@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
         "optimizer": lambda: _optimizer(job),
         "activation_checkpoint": lambda: _activation_checkpoint(job),
         "loss": lambda: _loss(job, parts["model_spec"]),
+        "checkpoint": lambda: _checkpoint(job),
     }
     with _without_warnings():
         for field in dataclasses.fields(NITPTrainer.Config):
@@ -161,6 +163,17 @@ def _upstream(job: Job, field: dataclasses.Field) -> Any:
     if f"{field.name}.dataloader" in OUR_TABLES:
         values["dataloader"] = _dataloader(job, f"{field.name}.dataloader")
     return cls(**values)
+
+
+def _checkpoint(job: Job) -> Any:
+    from nitp_titan.checkpoint import CheckpointManager
+
+    table = dict(job["checkpoint"])
+    path = (table["initial_load_path"] or "").strip()
+    if path and "://" not in path:
+        # As the other paths of a job, from where the run is started; TorchTitan takes absolute ones alone.
+        table["initial_load_path"] = os.path.abspath(path)
+    return CheckpointManager.Config(**table)
 
 
 def _tokenizer(job: Job) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import experts, flex, float8, hf_weights, layout, machine, pipeline, rules
+from nitp_titan.job import experts, flex, float8, hf_weights, initial, layout, machine, pipeline, rules, schedule
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -73,6 +73,12 @@ def check_nitp(draft: Draft) -> Iterator[Problem]:
     if target is not None and target > depth:
         expected = f"0..{depth} (0 = the embeddings, {depth} = the last block)"
         yield draft.problem("nitp", "target_layer", f"found {target}, expected {expected}")
+
+
+def weight_doubts(draft: Draft) -> Iterator[str]:
+    """Yield a line where NITP is computed for nothing."""
+    if draft.get("nitp", "enable") and draft.get("nitp", "weight") == 0:
+        yield "nitp.weight is 0: NITP is computed and logged, and trains nothing; nitp.enable = false is the baseline"
 
 
 def check_loss(draft: Draft) -> Iterator[Problem]:
@@ -205,6 +211,8 @@ CHECKS = (
     *experts.CHECKS,
     *pipeline.CHECKS,
     *rules.CHECKS,
+    schedule.check_steps,
+    initial.check_enabled,
 )
 """Checks of what no machine could run; ``check_model`` comes before them."""
 
@@ -245,6 +253,8 @@ MACHINE_CHECKS = (
     hf_weights.check_hf_files,
     check_output,
     rules.check_device,
+    rules.check_wandb,
+    initial.check_files,
     rules.check_selective_checkpointing,
     experts.check_exchange,
     float8.check_device,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from nitp_titan.job import machine
-from nitp_titan.job.check import loss_name
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.experts import expert_degree, shard_degree
 from nitp_titan.job.hf_weights import note_partial
@@ -96,33 +95,10 @@ def _why_no_cuda_graphs(draft: Draft) -> str:
     return ""
 
 
-def _experts(draft: Draft) -> None:
-    if draft.get("parallelism", "expert_parallel_degree") > 1 and not draft.facts().num_experts:
-        draft.notes.append("parallelism.expert_parallel_degree is ignored: the model has no experts")
-
-
-def _float8(draft: Draft) -> None:
-    if draft.get("float8", "recipe") == "none":
-        ignored = [key for key in ("experts", "emulate") if draft.get("float8", key)]
-        draft.notes += [f"float8.{key} is ignored: float8.recipe is none" for key in ignored]
-
-
-def _ignored(draft: Draft) -> None:
-    """Say what somebody has set and nothing reads."""
-    ours = loss_name(draft.get("loss", "name"), draft.get("nitp", "enable")) == "linear_cross_entropy"
-    unread = [("implementation", not ours), ("chunk_tokens", not ours), ("num_chunks", ours)]
-    for key, ignored in unread:
-        if ignored and draft.is_written("loss", key):
-            draft.notes.append(f"loss.{key} is ignored: {'NITP is on' if ours else 'NITP is off'}")
+def _reference_loss(draft: Draft) -> None:
     fast = draft.is_written("loss", "implementation") and draft.get("loss", "implementation") == "fast"
-    if ours and fast and not draft.get("nitp", "stop_gradient"):
+    if fast and draft.get("nitp", "enable") and not draft.get("nitp", "stop_gradient"):
         draft.notes.append('loss.implementation is "reference" for the NITP loss: nitp.stop_gradient is off')
-    if draft.get("compile", "enable"):
-        if not draft.get("compile", "components"):
-            draft.notes.append("compile.enable is ignored: compile.components is empty")
-        tensor = draft.get("parallelism", "tensor_parallel_degree")
-        if draft.get("compile", "enable_async_tensor_parallel") and tensor == 1:
-            draft.notes.append("compile.enable_async_tensor_parallel is ignored: tensor_parallel_degree is 1")
 
 
 def _last_checkpoint(draft: Draft) -> None:
@@ -171,9 +147,7 @@ RULES = (
     _recomputation,
     _geometry,
     _cuda_graphs,
-    _experts,
-    _float8,
-    _ignored,
+    _reference_loss,
     note_partial,
     _last_checkpoint,
     _validation_data,

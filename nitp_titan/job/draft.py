@@ -41,6 +41,8 @@ class Draft:
     """Keys whose value was wrong: what stands in ``settings`` is only the default."""
     model: ModelFacts | None = None
     notes: list[str] = field(default_factory=list)
+    base: Layer = field(default_factory=dict)
+    """Every key without file and command line: TorchTitan's defaults, nitp_titan's and the flavor's."""
     replaced: Layer = field(default_factory=dict)
     """What stood where :meth:`replace` has put something else."""
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from nitp_titan.float8.config import Float8Config
-from nitp_titan.job import defaults
-from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model
+from nitp_titan.job import defaults, schedule
+from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model, weight_doubts
 from nitp_titan.job.draft import Draft, Layer, Setting, Unknown, run_checks
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.job.extends import ReadFile, read_file
@@ -19,10 +19,12 @@ from nitp_titan.job.models import OURS, ModelFacts, facts, facts_of_shape
 from nitp_titan.job.read import read_command_line
 from nitp_titan.job.schema import all_tables, from_toml
 from nitp_titan.job.shape import check_shape, shape_of
+from nitp_titan.job.unread import unread
 from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.nitp_config import NITPConfig
 
 Table = Mapping[str, Any]
+DOUBTS = (weight_doubts, schedule.doubts, schedule.resume_doubts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,10 @@ class Job:
     model: ModelFacts | None
     """None for a model that only an import can tell of, while it has not been imported."""
     notes: tuple[str, ...]
-    """What was decided for the user, one line each."""
+    """What was decided for the user, and then the doubts, one line each."""
     warnings: tuple[Problem, ...]
+    doubts: tuple[str, ...] = ()
+    """What the user has set and is ignored, or contradicts itself: the last of the notes."""
 
     def __getitem__(self, table: str) -> Table:
         return self.tables[table]
@@ -90,9 +94,11 @@ def resolve(
         # What the rest is to agree with is not known.
         return draft, problems
     draft.bad = (read.bad - from_words.keys()) | bad_words
-    for layer in (_defaults(), read.layer, from_words):
+    defaults_layer = _defaults()
+    for layer in (defaults_layer, read.layer, from_words):
         draft.settings.update(layer)
     flavor_layer = _flavor_layer(draft)
+    draft.base = defaults_layer | flavor_layer
     draft.settings.update({key: s for key, s in flavor_layer.items() if draft.is_default(*key)})
     if unknown := list(run_checks(draft, [check_model])):
         # What the flavor would have set is as unknown as the flavor.
@@ -167,6 +173,8 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
         if problems := list(run_checks(draft, CHECKS)):
             raise JobError(problems)
     warnings = list(run_checks(draft, MACHINE_CHECKS)) if not for_training else []
+    switched_off, never_on = unread(draft, defaults.derive)
+    doubts = [*never_on, *(line for rule in DOUBTS for line in rule(draft))]
     return Job(
         file=draft.file,
         tables=_by_table(draft, "value"),
@@ -174,7 +182,8 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
         overrides=tuple(overrides),
         layout=Layout.of(draft),
         model=draft.model,
-        notes=tuple(draft.notes),
+        notes=(*draft.notes, *switched_off, *doubts),
+        doubts=tuple(doubts),
         warnings=tuple(warnings),
     )
 

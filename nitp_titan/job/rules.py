@@ -5,6 +5,7 @@ A test builds TorchTitan's configurations with the same values and sees it refus
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -40,6 +41,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.load_step": (-1, _INF),
     "parallelism.pipeline_parallel_microbatch_size": (1, _INF),
     "profiler.profile_freq": (1, _INF),
+    "profiler.profiler_active": (1, _INF),
+    "profiler.profiler_warmup": (0, _INF),
     "debug.seed": (-(2**63), 2**64 - 1),
     "comm.init_timeout_seconds": (1, _INF),
     "comm.train_timeout_seconds": (1, _INF),
@@ -176,10 +179,6 @@ def check_checkpoint(draft: Draft) -> Iterator[Problem]:
     if "model" in value("exclude_from_loading"):
         yield draft.problem("checkpoint", "exclude_from_loading", 'found "model", which is always loaded')
     path = (value("initial_load_path") or "").strip()
-    if path and not path.startswith("/") and "://" not in path:
-        yield draft.problem(
-            "checkpoint", "initial_load_path", f'found "{path}", expected an absolute path or a URI such as gs://...'
-        )
     for key, needed in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
         if value(key) and not value(needed):
             yield draft.problem("checkpoint", key, f"found true, which needs {needed} = true")
@@ -199,6 +198,18 @@ def check_validator(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("validator", "steps", f"found {steps}, expected at least 1, or -1 (all data)")
 
 
+def check_profiler(draft: Draft) -> Iterator[Problem]:
+    """A cycle of the profiler has room for its parts."""
+    freq, snapshots = (draft.get("profiler", key) for key in ("profile_freq", "memory_snapshot_freq"))
+    parts = {key: draft.get("profiler", key) for key in ("profiler_warmup", "profiler_active")}
+    if draft.get("profiler", "enable_profiling") and freq < sum(parts.values()):
+        named = " + ".join(f"{key} {value}" for key, value in parts.items())
+        message = f"found {freq}, expected at least {named} = {sum(parts.values())}"
+        yield draft.problem("profiler", ("profile_freq", *parts), message)
+    if draft.get("profiler", "enable_memory_snapshot") and snapshots is not None and snapshots < 1:
+        yield draft.problem("profiler", "memory_snapshot_freq", f'found {snapshots}, expected at least 1, or "none"')
+
+
 CHECKS = (
     check_ranges,
     check_training,
@@ -208,6 +219,7 @@ CHECKS = (
     check_cuda_graphs,
     check_checkpoint,
     check_validator,
+    check_profiler,
 )
 
 
@@ -231,10 +243,23 @@ def check_device(draft: Draft) -> Iterator[Problem]:
             draft.get("parallelism", "enable_fsdp_symm_mem"),
             "false: symmetric memory needs a GPU",
         ),
+        (
+            "profiler",
+            "enable_memory_snapshot",
+            draft.get("profiler", "enable_memory_snapshot"),
+            "false: torch records a GPU's memory alone",
+        ),
     ]
     for table, key, wrong, expected in needs:
         if wrong:
             yield draft.problem(table, key, f"found no GPU, expected {expected}")
+
+
+def check_wandb(draft: Draft) -> Iterator[Problem]:
+    """What TorchTitan would only log, and go on without: Weights & Biases is not installed."""
+    if draft.get("metrics", "enable_wandb") and importlib.util.find_spec("wandb") is None:
+        message = "found true, and no package wandb in this environment"
+        yield draft.problem("metrics", "enable_wandb", message, "pip install wandb")
 
 
 def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:

@@ -53,6 +53,15 @@ def test_debug_job():
     assert (config.model_spec.name, config.model_spec.flavor) == ("nitp_titan", "debug")
 
 
+def test_a_relative_path_of_the_first_weights_is_from_where_the_run_is_started(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    loading = ["--checkpoint.enable", "--checkpoint.initial_load_path"]
+    assert build(*loading, "a/../step-1").checkpoint.initial_load_path == str(tmp_path / "step-1")
+    assert build(*loading, "/b/step-1").checkpoint.initial_load_path == "/b/step-1"
+    assert build(*loading, "gs://c/step-1").checkpoint.initial_load_path == "gs://c/step-1"
+    assert build().checkpoint.initial_load_path is None
+
+
 def test_exponential_decay_is_our_schedulers():
     config = build("--lr_scheduler.decay_type=exponential", "--lr_scheduler.min_lr_factor=0.1")
     assert type(config.lr_scheduler) is LRSchedulersContainer.Config
@@ -204,7 +213,6 @@ def refused_by_upstream(overrides: list[str]) -> bool:
         ["--checkpoint.keep_latest_k=-1"],
         ["--checkpoint.keep_latest_k=1"],
         ["--checkpoint.exclude_from_loading=model"],
-        ["--checkpoint.initial_load_path=here"],
         ["--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only"],
         ["--checkpoint.initial_load_in_hf_quantized"],
         ["--checkpoint.last_save_in_hf", "--checkpoint.no-last_save_model_only"],

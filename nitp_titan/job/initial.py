@@ -1,0 +1,93 @@
+"""Where a run's first weights come from: checkpoints and Hugging Face folders that a job names, against the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nitp_titan.job.draft import Draft
+from nitp_titan.job.errors import Problem, quote
+
+_NEEDS_ENABLE = {
+    "initial_load_path": "the run would start from random weights",
+    "initial_load_in_hf": "the run would start from random weights",
+    "load_step": "the run would start from random weights",
+    "create_seed_checkpoint": "nothing would be saved",
+}
+
+
+def check_enabled(draft: Draft) -> Iterator[Problem]:
+    """What a run is to start from is loaded with checkpoints alone."""
+    if draft.get("checkpoint", "enable"):
+        return
+    for key, otherwise in _NEEDS_ENABLE.items():
+        value = draft.get("checkpoint", key)
+        if value is None or value is False or value in ("", -1):
+            continue
+        hint = "load_only = true beside it saves none" if key != "create_seed_checkpoint" else ""
+        message = f"found {quote(value)}, which needs checkpoint.enable = true: {otherwise}"
+        yield draft.problem("checkpoint", key, message, hint)
+
+
+def check_files(draft: Draft) -> Iterator[Problem]:
+    """The checkpoint that a run is to start from is there; it may be still to be made when a job is checked."""
+    if not draft.get("checkpoint", "enable"):
+        return
+    folder = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
+    step = draft.get("checkpoint", "load_step")
+    if step >= 0:
+        if not is_checkpoint(folder / f"step-{step}"):
+            latest = latest_step(folder)
+            hint = f"the latest there is {latest}" if latest is not None else "there is none"
+            yield draft.problem("checkpoint", "load_step", f"found {step}, which {folder} has no checkpoint of", hint)
+    elif latest_step(folder) is None:
+        # A run that has a checkpoint of its own goes on from that.
+        yield from _check_start(draft)
+
+
+def _check_start(draft: Draft) -> Iterator[Problem]:
+    path, in_hf = (
+        (draft.get("checkpoint", "initial_load_path") or "").strip(),
+        draft.get("checkpoint", "initial_load_in_hf"),
+    )
+    key, table = "initial_load_path", "checkpoint"
+    if not path and in_hf:
+        path, key, table = draft.get("model", "hf_assets_path"), "hf_assets_path", "model"
+        if not path:
+            message = "found true, which needs an initial_load_path or a model.hf_assets_path"
+            yield draft.problem("checkpoint", "initial_load_in_hf", message)
+    if not path or "://" in path:
+        return
+    place = Path(path)
+    found = f"found {quote(path)}"
+    if not place.is_dir():
+        hint = 'write the path out: "~" is not expanded' if path.startswith("~") else ""
+        missing = "which is a file" if place.is_file() else "which does not exist"
+        yield draft.problem(table, key, f"{found}, {missing}, expected the folder of a checkpoint", hint)
+        return
+    safetensors = any(place.glob("*.safetensors"))
+    if in_hf and not safetensors:
+        yield draft.problem(table, key, f"{found}, which has no .safetensors file")
+    if in_hf or (place / ".metadata").is_file():
+        return
+    hint = "set initial_load_in_hf = true for Hugging Face's safetensors" if safetensors else ""
+    for inside in (place, place / "checkpoint"):
+        if (latest := latest_step(inside)) is not None:
+            hint = f'did you mean "{inside / f"step-{latest}"}"?'
+    yield draft.problem(table, key, f"{found}, which is no complete checkpoint: it has no .metadata", hint)
+
+
+def latest_step(folder: Path) -> int | None:
+    """Return the latest step of which a folder has a complete checkpoint; None where it has none."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return None
+    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
+    return max((step for step in steps if is_checkpoint(folder / f"step-{step}")), default=None)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether TorchTitan would load this folder: it has a distributed checkpoint or Hugging Face's index."""
+    return any((folder / name).is_file() for name in (".metadata", "model.safetensors.index.json"))
