@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 from nitp_titan import __version__
-from nitp_titan.explain import explain, explain_keys
-from nitp_titan.job import Job, JobError, load_job
+from nitp_titan.explain import explain, explain_keys, warnings_of
+from nitp_titan.job import Job, JobError, load_job, machine
 from nitp_titan.job.errors import did_you_mean
 from nitp_titan.job.layout import DEGREES
 from nitp_titan.job.read import split_command_line
+from nitp_titan.job.resolve import resolve
 from nitp_titan.job.schema import all_tables
 from nitp_titan.train import split_config_file
 
@@ -23,7 +24,11 @@ Resolve, validate and explain a job file, without a GPU and without training.
 Every key of every table can be given after the file; it overrides the file's:
   nitp-titan check job.toml --training.steps 100 --nitp.weight=0.8
   nitp-titan check job.toml --ngpu 8 --checkpoint.enable --compile.no-enable --compile.components model,loss
-"none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, their defaults and what they mean.
+"none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, what they mean, their defaults and
+whose these are; `nitp-titan check FILE --keys [TABLE]` the values of a job.
+
+--device says what the job is meant for: h100, cpu, or here (this machine). Unset, it is this machine where it has a
+GPU or the model is a debug one, and otherwise an H100. --strict ends with 2 where there is a warning.
 
 --dry-run also builds and shards the model as each rank of the run would, on a fake process group that takes no GPU
 and no memory, and tells what every rank holds. It takes seconds; a layout that TorchTitan refuses is refused here.
@@ -48,7 +53,7 @@ file is the run's own config.toml where none is given.
 """
 
 # Which ranks trained the model, and on what, does not matter to an export.
-_EXPORT_OVERRIDES = [f"--parallelism.{degree}=1" for degree in DEGREES]
+_EXPORT_OVERRIDES = ["--model.attn_backend=flex", *(f"--parallelism.{degree}=1" for degree in DEGREES)]
 for _table in ("dataloader", "validator.dataloader"):
     _EXPORT_OVERRIDES += [f"--{_table}.dataset=python_stdlib", f"--{_table}.dataset_path=none"]
 
@@ -97,12 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         help="validate and explain a job file",
         description=_CHECK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="nitp-titan check FILE [--ngpu N] [--dry-run] [--table.key value ...]\n"
-        "       nitp-titan check --keys [TABLE]",
+        usage="nitp-titan check FILE [--ngpu N] [--device DEVICE] [--strict] [--dry-run] [--table.key value ...]\n"
+        "       nitp-titan check [FILE] --keys [TABLE]",
         allow_abbrev=False,
     )
     check.add_argument("file", metavar="FILE", nargs="?", help="the job file, TOML")
     check.add_argument("--dry-run", action="store_true", help="also shard the model, and tell what each rank holds")
+    check.add_argument("--device", choices=machine.DEVICES, help="what the job is meant for")
+    check.add_argument("--strict", action="store_true", help="end with 2 where there is a warning")
     check.add_argument("--keys", metavar="TABLE", nargs="?", const="", help="list the keys of a table, or of all")
 
     report = commands.add_parser(
@@ -146,23 +153,36 @@ def _positive(text: str) -> int:
 
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    table = (arguments.keys or "").strip("[]")
     if arguments.keys is not None:
-        table = arguments.keys.strip("[]")
         if table and table not in all_tables():
             hint = did_you_mean(table, all_tables()) or f"the tables are {', '.join(all_tables())}"
             return _fail(f"--keys: unknown table {table!r}; {hint}")
-        print("\n".join(explain_keys(table or None)).rstrip(), flush=True)
-        return 0
-    if arguments.file is None:
+    elif arguments.file is None:
         return _fail("nitp-titan check: expected a job file; see nitp-titan check --help")
     try:
-        job = load_job(arguments.file, overrides, _world_size(arguments))
+        world_size = _world_size(arguments)
     except argparse.ArgumentTypeError as error:
         return _fail(f"WORLD_SIZE: {error}")
-    except JobError as error:
-        return _fail(str(error))
-    print(explain(job), flush=True)
-    return _dry_run(job) if arguments.dry_run else 0
+    with machine.meant_for(arguments.device or _usual_device(arguments.file, overrides, world_size)):
+        try:
+            job = load_job(arguments.file, overrides, world_size)
+        except JobError as error:
+            return _fail(str(error))
+        if arguments.keys is not None:
+            print("\n".join(explain_keys(job, table or None)).rstrip(), flush=True)
+            return 0
+        print(explain(job), flush=True)
+        if arguments.dry_run and (code := _dry_run(job)):
+            return code
+        warned = len(warnings_of(job)) if arguments.strict else 0
+        return _fail(f"--strict: {warned} warning{'s' * (warned > 1)}") if warned else 0
+
+
+def _usual_device(file: str | None, overrides: list[str], world_size: int) -> str:
+    draft, _ = resolve(file, overrides, world_size)
+    flavor = draft.settings.get(("model", "flavor"))
+    return machine.usual_device(flavor.value) if flavor is not None else "here"
 
 
 def _dry_run(job: Job) -> int:

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nitp_titan.costs import projector_params
-from nitp_titan.job import float8
+from nitp_titan.job import float8, machine
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import quote
 from nitp_titan.job.resolve import Job
 from nitp_titan.job.schedule import Schedule
 from nitp_titan.job.schema import all_tables, describe
-from nitp_titan.job.shape import changes_of
-from nitp_titan.report import summary
+from nitp_titan.job.shape import TABLE as SHAPE
+from nitp_titan.job.write import meanings
+from nitp_titan.report import flavor_name, summary, target_of
 
+_ASSUMED = {
+    "h100": "explained for an H100 (--device here or cpu for another)",
+    "cpu": "explained for a CPU (--device here or h100 for another)",
+}
 _SAVES_MEMORY = 'more ranks, a smaller training.local_batch_size or activation_checkpoint.mode = "full" take less'
 
 
 def explain(job: Job) -> str:
     """Return the job as a dozen lines of text: what is trained, on what, how, where to, at what cost, and warnings."""
     memory, cost = summary(job)
-    misfit = [("warning", f"the memory does not fit: {_SAVES_MEMORY}")] if "does not fit" in memory else []
-    float8_lines, float8_warnings = float8.explain(job)
+    float8_lines, _ = float8.explain(job)
     rows = [
         *([("job", job["job"]["description"])] if job["job"]["description"] else []),
         ("model", _model(job)),
@@ -34,26 +38,35 @@ def explain(job: Job) -> str:
         *([("cost", f"NITP: {cost}")] if cost else []),
         *zip(["float8", *[""] * len(float8_lines)], float8_lines, strict=False),
         ("output", _output(job)),
+        *([("device", _ASSUMED[machine.device()])] if machine.device() in _ASSUMED else []),
         *[("note", note) for note in job.notes if note not in job.doubts],
-        *misfit,
-        *[("warning", warning) for warning in float8_warnings],
-        *[("warning", doubt) for doubt in job.doubts],
-        *[("warning", str(warning)) for warning in job.warnings],
+        *[("warning", warning) for warning in warnings_of(job)],
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
 
 
+def warnings_of(job: Job) -> list[str]:
+    """Return what ``nitp-titan check`` warns of in a job that it does not refuse, a line each."""
+    memory, _ = summary(job)
+    misfit = [f"the memory does not fit: {_SAVES_MEMORY}"] if "does not fit" in memory else []
+    _, of_float8 = float8.explain(job)
+    return [*misfit, *of_float8, *job.doubts, *map(str, job.warnings)]
+
+
 def _model(job: Job) -> str:
     table, model = job["model"], job.model
-    changed = [f"{key} = {quote(value)}" for key, value in changes_of(job["model.shape"]).items()]
-    name = f"{table['module']} {table['flavor']}" + (f" with {', '.join(changed)}" if changed else "")
+    name = f"{table['module']} {flavor_name(job)}"
     if model is None:
         return name
     parts = [f"{model.n_layers} blocks", f"width {model.dim:,}", f"vocabulary {model.vocab_size:,}"]
+    parts[-1] += " (embeddings tied)" if model.tied else " (embeddings untied)"
     if model.n_heads:
-        parts.append(f"{model.n_heads} heads" + (f" ({model.n_kv_heads} key-value)" if model.n_kv_heads else ""))
+        key_value = f"{model.n_kv_heads} key-value, " if model.n_kv_heads else ""
+        parts.append(f"{model.n_heads} heads" + (f" ({key_value}head dim {model.head_dim})" if model.head_dim else ""))
+    if model.hidden_dim:
+        parts.append(f"feed-forward {model.hidden_dim:,}")
     if model.num_experts:
-        parts.append(f"{model.num_experts} experts, top {model.top_k}")
+        parts.append(f"{model.num_experts} experts, top {model.top_k}, of width {model.expert_hidden_dim:,}")
     if model.params:
         parts.append(f"{_short(model.params)} parameters")
     return f"{name}: {', '.join(parts)}"
@@ -65,9 +78,7 @@ def _nitp(job: Job) -> str:
         return "off: stock TorchTitan"
     if nitp.loss == "generic_cosine":
         return f"generic cosine regulariser, weight {nitp.weight:g} (no target, no projector)"
-    depth = job.model.n_layers if job.model else 0
-    layer = nitp.target_layer_of(depth)
-    target = "the embeddings" if layer == 0 else f"block {layer} of {depth}"
+    target = target_of(job)
     which = "next token" if nitp.shift else "same position"
     projector = "no projector"
     if job.model and (size := projector_params(job.model.dim, nitp)):
@@ -134,19 +145,32 @@ def _short(number: float) -> str:
     return f"{number:,}"
 
 
-def explain_keys(table: str | None = None) -> Iterator[str]:
-    """Yield the lines of ``nitp-titan check --keys``: every key of a table, or of all of them.
+def explain_keys(job: Job, table: str | None = None) -> Iterator[str]:
+    """Yield the lines of ``nitp-titan check --keys``: every key of a table, or of all, with its value in a job.
 
     Raises:
         KeyError: no such table.
     """
-    from nitp_titan.job.defaults import STATIC
-
+    stands_for = meanings(job)
     for name in [table] if table else all_tables():
         yield f"[{name}]"
         for key in all_tables()[name].values():
-            default = STATIC.get(name, {}).get(key.name, key.default)
-            yield f"  {key.name} = {quote(default)}    {describe(key.type)}"
+            value, source = job[name][key.name], job.sources[name][key.name]
+            if name == SHAPE and value is None and job.shape is not None:
+                value, source = getattr(job.shape, key.name), "flavor"
+            yield f"  {key.name} = {quote(value)}    {describe(key.type)}"
             if key.doc:
                 yield f"      {key.doc}"
+            whose = _SOURCES[source].format(flavor=job["model"]["flavor"], file=job.file)
+            meaning = stands_for.get((name, key.name))
+            yield f"      {whose}" + (f": {meaning}" if meaning else "")
         yield ""
+
+
+_SOURCES = {
+    "command line": "set on the command line",
+    "file": "set in {file}",
+    "flavor": "default of the flavor {flavor}",
+    "nitp_titan": "default of nitp_titan",
+    "upstream": "default of TorchTitan",
+}

@@ -12,7 +12,9 @@ from typing import Any
 from nitp_titan.costs import WAYS, Block, Parts, flops, mtp_flops, nitp_flops, parts_of_shape, projector_params
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.check import loss_name
-from nitp_titan.job.errors import nearest
+from nitp_titan.job.errors import nearest, quote
+from nitp_titan.job.models import head_dim_of
+from nitp_titan.job.shape import changes_of
 from nitp_titan.memory import CAPACITY, GIB, Run, fits, memory
 from nitp_titan.models.flavors import FLAVORS
 
@@ -26,7 +28,8 @@ def report(flavor_or_file: str, overrides: list[str], ngpu: int) -> dict[str, An
         ngpu: ranks of the run.
 
     Returns:
-        ``flavor``, ``ngpu``; ``total_params``, ``active_params`` and ``params`` by part, of the model that leaves;
+        ``flavor``, the ``changes`` of its shape, ``model`` in words (widths, heads, tying, target layer), ``ngpu``;
+        ``total_params``, ``active_params`` and ``params`` by part, of the model that leaves;
         ``projector_params``; ``flops_per_token``, ``nitp_overhead_percent`` and ``mtp_overhead_percent``, each with
         the keys "paper" (None for a model that is not ours), "exact" and "with_attention"; ``nitp_flops_per_token``;
         ``memory_gib`` by part with their "total", and ``fits_80gb`` (both None under pipeline parallelism).
@@ -59,9 +62,46 @@ def summary(job: Job) -> tuple[str, str]:
     )
 
 
+def flavor_name(job: Job) -> str:
+    """Return the flavor's name and what the job changes in its shape: "0.5B with dim = 512 (changed)"."""
+    return _name(job["model"]["flavor"], changes_of(job["model.shape"]))
+
+
+def _name(flavor: str, changes: dict[str, Any]) -> str:
+    said = [f"{key} = {quote(value)}" for key, value in changes.items()]
+    return flavor + (f" with {', '.join(said)} (changed)" if said else "")
+
+
+def target_of(job: Job) -> str:
+    """Return NITP's target layer and whose choice it is: "block 5 of 24 (the flavor's)". It needs one."""
+    layer, source = job["nitp"]["target_layer"], job.sources["nitp"]["target_layer"]
+    depth = job.model.n_layers if job.model else 0
+    whose = {"flavor": "the flavor's", "nitp_titan": "a fifth of the depth", "file": "the file's"}
+    whose["command line"] = "the command line's"
+    where = "the embeddings" if layer == 0 else f"block {layer} of {depth}"
+    return f"{where} ({whose[source]})"
+
+
+def _model(job: Job) -> dict[str, str]:
+    """Return what a reader checks a model by, as rows of text."""
+    model, nitp = job.model, job.nitp
+    assert model is not None, "a job whose costs are counted has a model"
+    widths = {"model": model.dim, "feed-forward": model.hidden_dim, "an expert": model.expert_hidden_dim}
+    heads = f"{model.n_heads}" + (f", {model.n_kv_heads} key-value" if model.n_kv_heads else "")
+    targeted = nitp.enable and nitp.loss != "generic_cosine"
+    return {
+        "blocks": f"{model.n_layers}",
+        "widths": ", ".join(f"{name} {width:,}" for name, width in widths.items() if width),
+        "heads": f"{heads}, head dim {model.head_dim}" if model.n_heads else "-",
+        "embeddings": f"{model.vocab_size:,} x {model.dim:,}, {'tied' if model.tied else 'untied'}",
+        "NITP's target": target_of(job) if targeted else "-",
+    }
+
+
 def render(costs: dict[str, Any]) -> str:
     """Return a report as text for people."""
-    lines = [f"{costs['flavor']} on {costs['ngpu']} rank" + "s" * (costs["ngpu"] > 1), ""]
+    lines = [f"{_name(costs['flavor'], costs['changes'])} on {costs['ngpu']} rank" + "s" * (costs["ngpu"] > 1), ""]
+    lines += [f"{name:<26}{text}" for name, text in costs["model"].items()] + [""]
     lines += [_row("parameters", "all", "share")]
     for name, count in costs["params"].items():
         if count:
@@ -111,6 +151,8 @@ def _costs(job: Job, parts: Parts) -> dict[str, Any]:
     memory_gib = memory(parts, nitp, job.layout, run_of_job(job))
     return {
         "flavor": job["model"]["flavor"],
+        "changes": changes_of(job["model.shape"]),
+        "model": _model(job),
         "ngpu": job.world_size,
         "total_params": parts.total(),
         "active_params": parts.active(),
@@ -240,12 +282,12 @@ def _widths(layer: Any, dim: int) -> dict[str, int]:
     widths = {"num_experts": moe.num_experts, "top_k": moe.router.top_k} if moe is not None else {}
     if attention is None:
         return widths
-    heads = attention.n_heads
+    heads, key = attention.n_heads, head_dim_of(attention, dim)
+    assert key is not None, "an attention with heads"
     if hasattr(attention, "kv_lora_rank"):  # multi-head latent attention
-        key = attention.qk_nope_head_dim + attention.qk_rope_head_dim
         value, kv_heads = attention.v_head_dim, heads
     else:
-        key = value = getattr(attention, "head_dim", None) or dim // heads
+        value = key
         kv_heads = getattr(attention, "n_kv_heads", None) or heads
     return widths | {
         "heads": heads,

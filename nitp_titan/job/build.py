@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nitp_titan.job import flex
+from nitp_titan.job.attention import missing_kernel
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import JobError, Problem, one_of, quote
@@ -40,13 +41,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
 
     problems: list[Problem] = []
     parts: dict[str, Any] = {
-        "model_spec": model_spec(
-            job["model"]["module"],
-            job["model"]["flavor"],
-            job["model"]["attn_backend"],
-            flex_options=changes_of(job[flex.TABLE]),
-            **changes_of(job["model.shape"]),
-        ),
+        "model_spec": _model_spec(job),
         "dump_folder": job["job"]["dump_folder"],
         "hf_assets_path": job["model"]["hf_assets_path"],
     }
@@ -75,6 +70,21 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
             except _REFUSALS as error:
                 problems.append(Problem(job.file, "", str(error)))
     raise JobError(problems)
+
+
+def _model_spec(job: Job) -> ModelSpec:
+    import torch
+
+    table = job["model"]
+    backend, key = table["attn_backend"], "[model] attn_backend"
+    on_cuda = torch.cuda.is_available() and not torch.version.hip
+    if on_cuda and (message := missing_kernel(backend, torch.cuda.get_device_capability())):
+        raise JobError([Problem(job.file, key, message)])
+    try:
+        options, shape = changes_of(job[flex.TABLE]), changes_of(job["model.shape"])
+        return model_spec(table["module"], table["flavor"], backend, flex_options=options, **shape)
+    except _REFUSALS as error:
+        raise JobError([Problem(job.file, key if backend != "flex" else "[model]", str(error))]) from error
 
 
 def model_spec(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -10,7 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.data.files import find_text_files
-from nitp_titan.job import experts, flex, float8, hf_weights, initial, layout, machine, pipeline, rules, schedule
+from nitp_titan.job import (
+    attention,
+    experts,
+    flex,
+    float8,
+    hf_weights,
+    initial,
+    layout,
+    machine,
+    pipeline,
+    rules,
+    schedule,
+)
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
@@ -36,7 +47,7 @@ def check_model(draft: Draft) -> Iterator[Problem]:
                 did_you_mean(flavor, known),
             )
     elif "." in module:
-        if not _can_be_found(module):
+        if not machine.has_module(module):
             hint = f"the built-in ones are {one_of(modules())}"
             yield draft.problem("model", "module", f"found {quote(module)}, a module that cannot be found", hint)
     else:
@@ -46,17 +57,6 @@ def check_model(draft: Draft) -> Iterator[Problem]:
             f"found {quote(module)}, expected {one_of(modules())}, or a dotted path to a module with model_registry",
             did_you_mean(module, modules()),
         )
-
-
-def _can_be_found(module: str) -> bool:
-    """Whether there is such a module, without running any of it: of TorchTitan's own packages that takes seconds."""
-    first, *rest = module.split(".")
-    package = importlib.util.find_spec(first)
-    places = (package and package.submodule_search_locations) or ()
-    files = [
-        Path(place, *rest[:-1], name) for place in places for name in (f"{rest[-1]}.py", f"{rest[-1]}/__init__.py")
-    ]
-    return any(file.exists() for file in files)
 
 
 def check_nitp(draft: Draft) -> Iterator[Problem]:
@@ -72,7 +72,8 @@ def check_nitp(draft: Draft) -> Iterator[Problem]:
     target = draft.get("nitp", "target_layer")
     if target is not None and target > depth:
         expected = f"0..{depth} (0 = the embeddings, {depth} = the last block)"
-        yield draft.problem("nitp", "target_layer", f"found {target}, expected {expected}")
+        hint = f'"none" is a fifth of the depth, {NITPConfig().target_layer_of(depth)}'
+        yield draft.problem("nitp", "target_layer", f"found {target}, expected {expected}", hint)
 
 
 def weight_doubts(draft: Draft) -> Iterator[str]:
@@ -201,6 +202,7 @@ CHECKS = (
     check_nitp,
     check_loss,
     check_loss_chunks,
+    attention.check_attention,
     float8.check_float8,
     check_data,
     check_validation_data,

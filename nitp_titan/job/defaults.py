@@ -10,6 +10,7 @@ from nitp_titan.job.experts import expert_degree, shard_degree
 from nitp_titan.job.hf_weights import note_partial
 from nitp_titan.job.layout import DEGREES, Layout
 from nitp_titan.job.schema import all_tables
+from nitp_titan.nitp_config import NITPConfig
 
 STATIC: dict[str, dict[str, Any]] = {
     # Upstream's default, spmd_types, needs torch >= 2.14.
@@ -56,16 +57,23 @@ def _device(draft: Draft) -> None:
 
 
 def _recomputation(draft: Draft) -> None:
-    small = draft.get("model", "flavor").startswith("debug")
+    small = machine.is_small(draft.get("model", "flavor"))
     draft.derive("activation_checkpoint", "mode", "none" if small else "selective")
 
 
 def _geometry(draft: Draft) -> None:
-    # Stock TorchTitan measures none, and CUDA graphs do not go with it: whoever wants it there says so.
+    # The baseline without NITP is measured too, to be compared with. CUDA graphs do not go with it: whoever wants both
+    # is told so.
     asked_for_graphs = not draft.is_default("training", "disable_cuda_graphs")
-    asked_for_graphs = asked_for_graphs and not draft.get("training", "disable_cuda_graphs")
-    if asked_for_graphs or not draft.get("nitp", "enable"):
+    if asked_for_graphs and not draft.get("training", "disable_cuda_graphs"):
         draft.derive("nitp", "geometry_freq", 0)
+
+
+def _target_layer(draft: Draft) -> None:
+    # Written out, so that the resolved file says which layer it was; "none" asks for the same choice.
+    chosen = draft.get("nitp", "enable") and draft.get("nitp", "loss") != "generic_cosine"
+    if chosen and draft.get("nitp", "target_layer") is None:
+        draft.replace("nitp", "target_layer", NITPConfig().target_layer_of(draft.facts().n_layers))
 
 
 def _cuda_graphs(draft: Draft) -> None:
@@ -146,6 +154,7 @@ RULES = (
     _device,
     _recomputation,
     _geometry,
+    _target_layer,
     _cuda_graphs,
     _reference_loss,
     note_partial,

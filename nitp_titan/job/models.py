@@ -29,6 +29,10 @@ class ModelFacts:
     top_k: int = 0
     expert_hidden_dim: int | None = None
     """Of a routed expert."""
+    head_dim: int | None = None
+    """Of queries and keys."""
+    hidden_dim: int | None = None
+    """Of the dense feed-forward; None where every block has experts."""
     tied: bool = False
     """Whether embedding and unembedding are one matrix."""
     params: int | None = None
@@ -67,6 +71,8 @@ def facts_of_shape(shape: Shape) -> ModelFacts:
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         expert_hidden_dim=shape.expert_hidden_dim if shape.num_experts else None,
+        head_dim=shape.head_dim,
+        hidden_dim=None if shape.num_experts and not shape.n_dense_layers else shape.hidden_dim,
         tied=shape.tie_embeddings,
         params=parts_of_shape(shape).total(),
         computed=computed_by_shape(shape),
@@ -78,6 +84,7 @@ def facts_of(config: Any) -> ModelFacts | None:
     layers, attention = getattr(config, "layers", None), getattr(config, "first_attention", None)
     if not layers or not hasattr(config, "vocab_size"):
         return None
+    dense = next((layer.feed_forward for layer in layers if getattr(layer, "feed_forward", None) is not None), None)
     moe = next((layer.moe for layer in layers if getattr(layer, "moe", None) is not None), None)
     return ModelFacts(
         dim=config.dim,
@@ -89,6 +96,8 @@ def facts_of(config: Any) -> ModelFacts | None:
         num_experts=moe.num_experts if moe is not None else 0,
         top_k=moe.router.top_k if moe is not None else 0,
         expert_hidden_dim=moe.routed_experts.inner_experts.hidden_dim if moe is not None else None,
+        head_dim=head_dim_of(attention, config.dim),
+        hidden_dim=dense.w1.out_features if dense is not None else None,
         tied=config.enable_weight_tying,
         params=_count(config),
         computed=_computed(config),
@@ -101,6 +110,14 @@ def _computed(config: Any) -> Computed | None:
 
     architecture = architecture_of(config)
     return computed_by(config, architecture.name) if architecture is not None else None
+
+
+def head_dim_of(attention: Any, dim: int) -> int | None:
+    """Return the width of a query of a TorchTitan attention's configuration, in a model of this width."""
+    if hasattr(attention, "qk_rope_head_dim"):  # multi-head latent attention
+        return attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    heads = getattr(attention, "n_heads", None)
+    return getattr(attention, "head_dim", None) or (dim // heads if heads else None)
 
 
 def _count(config: Any) -> int:

@@ -18,7 +18,7 @@ from nitp_titan.job.layout import Layout
 from nitp_titan.job.models import OURS, ModelFacts, facts, facts_of_shape
 from nitp_titan.job.read import read_command_line
 from nitp_titan.job.schema import all_tables, from_toml
-from nitp_titan.job.shape import check_shape, shape_of
+from nitp_titan.job.shape import check_shape, drop_unchanged, shape_of
 from nitp_titan.job.unread import unread
 from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.nitp_config import NITPConfig
@@ -104,6 +104,7 @@ def resolve(
         # What the flavor would have set is as unknown as the flavor.
         draft.bad |= {("model", "module"), ("model", "flavor")}
         draft.bad |= {key for key in _keys_of_flavors() if draft.is_default(*key)}
+    drop_unchanged(draft)
     misshapen = list(run_checks(draft, [check_shape]))
     problems += unknown + misshapen
     draft.model = None if misshapen else _facts(draft)

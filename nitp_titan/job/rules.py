@@ -227,10 +227,11 @@ def check_device(draft: Draft) -> Iterator[Problem]:
     """What needs a GPU; a job may be checked on a machine without one."""
     if machine.has_gpu():
         return
+    backend = draft.get("model", "attn_backend")
     graphs, states = not draft.get("training", "disable_cuda_graphs"), draft.get("optimizer", "implementation")
     needs = [
         ("training", "disable_cuda_graphs", graphs, "true: CUDA graphs need a GPU"),
-        ("model", "attn_backend", draft.get("model", "attn_backend") == "varlen", '"flex": varlen needs a GPU'),
+        ("model", "attn_backend", backend != "flex", f'"flex": {backend} needs a GPU'),
         (
             "optimizer",
             "implementation",

@@ -25,6 +25,16 @@ def shape_of(module: str, flavor: str, table: Mapping[str, Any]) -> Shape | None
     return dataclasses.replace(FLAVORS[flavor].shape, **changes_of(table)) if module == OURS else None
 
 
+def drop_unchanged(draft: Draft) -> None:
+    """Unset what is the flavor's own, as a resolved file has it: it is no change."""
+    module, flavor = (draft.settings["model", key].value for key in ("module", "flavor"))
+    if module != OURS or flavor not in FLAVORS:
+        return
+    for key, value in dataclasses.asdict(FLAVORS[flavor].shape).items():
+        if draft.settings[TABLE, key].value == value:
+            draft.settings[TABLE, key] = draft.base[TABLE, key]
+
+
 def check_shape(draft: Draft) -> Iterator[Problem]:
     """The changes are for a model of ours and leave it without contradictions."""
     module, flavor = draft.get("model", "module"), draft.get("model", "flavor")
