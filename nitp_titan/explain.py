@@ -66,7 +66,8 @@ def _model(job: Job) -> str:
     if model.hidden_dim:
         parts.append(f"feed-forward {model.hidden_dim:,}")
     if model.num_experts:
-        parts.append(f"{model.num_experts} experts, top {model.top_k}, of width {model.expert_hidden_dim:,}")
+        parts.append(f"expert {model.expert_hidden_dim:,}")
+        parts.append(f"{model.num_experts} experts, top {model.top_k}")
     if model.params:
         parts.append(f"{_short(model.params)} parameters")
     return f"{name}: {', '.join(parts)}"

@@ -68,6 +68,8 @@ class NITPTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
+        if not self.steps_run:
+            self._take_scheduled_rates()
         self.steps_run += 1
         num_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
         batches = [next(data_iterator) for _ in range(num_batches)]
@@ -81,6 +83,15 @@ class NITPTrainer(Trainer):
         if geometry := self.geometry.take():
             # A step that TorchTitan did not log.
             self.metrics_processor.log_values(self.step, geometry)
+
+    def _take_scheduled_rates(self) -> None:
+        """Give the optimizer this job's learning rates, which a checkpoint of another schedule has replaced by its own.
+
+        TorchTitan's schedulers log these, and set them from the second step on.
+        """
+        for scheduler in self.lr_schedulers:
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def _begin_nitp_step(self, batches: list[Batch]) -> None:
         active = self.step >= self.nitp.start_step

@@ -59,9 +59,13 @@ def test_check_explains_a_job(name):
     expected = ["job", "model", "nitp", "data", "steps", "optimizer", "layout", "memory", "cost", "output"]
     assert list(rows)[:10] == expected
     assert len(out.splitlines()) <= 13
-    assert rows["model"].startswith(f"nitp_titan {name}: {6 if name == 'debug' else 4} blocks, width 128")
-    assert ("8 experts, top 2" in rows["model"]) == (name == "debug_moe")
-    assert rows["nitp"].startswith(f"cosine to block 1 of {6 if name == 'debug' else 4}, next token, weight 1")
+    depth = 6 if name == "debug" else 4
+    assert rows["model"].startswith(
+        f"nitp_titan {name}: {depth} blocks, width 128, vocabulary 320 (embeddings untied), "
+        "4 heads (2 key-value, head dim 32), feed-forward 384, "
+    )
+    assert ("expert 128, 8 experts, top 2" in rows["model"]) == (name == "debug_moe")
+    assert rows["nitp"].startswith(f"cosine to block 1 of {depth} (a fifth of the depth), next token, weight 1")
     assert rows["steps"] == "200 of 8 sequences x 256 = 2,048 tokens, 410k tokens in all"
     assert f"outputs/{name}, a checkpoint every 100 steps" in rows["output"]
 
@@ -91,6 +95,45 @@ def test_world_size_of_the_environment():
     assert "4 ranks" in run("check", DEBUG, "--ngpu", "4", WORLD_SIZE="2")[1]
     code, _, error, _ = run("check", DEBUG, WORLD_SIZE="two")
     assert (code, error) == (2, "WORLD_SIZE: found 'two', expected a whole number of at least 1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--nitp.target_layer=3"], "cosine to block 3 of 6 (the command line's), "),
+        (["--model.flavor=0.5B"], "cosine to block 5 of 24 (the flavor's), "),
+        (["--nitp.target_layer=0"], "cosine to the embeddings (the command line's), "),
+    ],
+)
+def test_check_says_whose_choice_the_target_layer_is(capsys, words, expected):
+    assert expected in cli_main(capsys, "check", DEBUG, *words)[1]
+
+
+def test_check_explains_the_device_that_a_job_is_meant_for(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "float32 products" in cli_main(capsys, "check", DEBUG)[1]
+    for words in ([DEBUG, "--device", "h100"], ["train_configs/nitp_0.5b.toml"]):
+        out = cli_main(capsys, "check", *words)[1]
+        assert "device    explained for an H100 (--device here or cpu for another)" in out
+        assert "there is no CUDA device" not in out
+    assert "bfloat16 products" in cli_main(capsys, "check", DEBUG, "--device=h100")[1]
+    assert "there is no CUDA device" in cli_main(capsys, "check", "train_configs/nitp_0.5b.toml", "--device", "cpu")[1]
+    code, _, error = cli_main(capsys, "check", DEBUG, "--device", "h100", "--model.attn_backend", "flex_flash")
+    assert code == 2
+    assert error.startswith('command line: --model.attn_backend: found "flex_flash", which on a Hopper GPU needs')
+    assert cli_main(capsys, "check", DEBUG, "--device", "h200")[0] == 2
+
+
+def test_strict_ends_with_2_where_there_is_a_warning(capsys):
+    ignored = [DEBUG, "--profiler.profiler_active=2"]
+    for words in (ignored, [*ignored, "--strict"]):
+        code, out, error = cli_main(capsys, "check", *words)
+        assert "warning   profiler.profiler_active is ignored: profiler.enable_profiling is false" in out
+        assert (code, error) == ((2, "--strict: 1 warning\n") if "--strict" in words else (0, ""))
+    # What somebody has switched off is a note.
+    code, out, _ = cli_main(capsys, "check", DEBUG, "--strict", "--nitp.no-enable", "--nitp.weight=0.5")
+    assert code == 0
+    assert "note      nitp.weight is ignored: nitp.enable is false" in out
 
 
 def test_check_without_nitp():
@@ -212,6 +255,20 @@ def test_keys(capsys):
     assert code == 0
     assert out.startswith("[metrics]\n  log_freq = 10    a whole number\n      How often to log metrics")
     assert "enable_tensorboard = true" in out
+    for words, value, source in (
+        ([], "lr = 0.002 ", "default of the flavor debug"),
+        (["--model.flavor=2B"], "lr = 0.00042 ", "default of the flavor 2B"),
+        (["--optimizer.lr=0.5"], "lr = 0.5 ", "set on the command line"),
+        ([DEBUG], "lr = 0.002 ", f"set in {DEBUG}"),
+    ):
+        out = cli_main(capsys, "check", *words, "--keys", "optimizer")[1]
+        of_lr = out.partition("  lr = ")[2].partition("\n  beta1")[0]
+        assert f"lr = {of_lr}".startswith(value)
+        assert of_lr.splitlines()[-1].strip() == source
+    out = cli_main(capsys, "check", "--keys", "model.shape", "--model.flavor=0.5B")[1]
+    assert '"none"    ' not in out
+    assert "dim = 896    a whole number" in out
+    assert "default of TorchTitan: training.steps, 200\n" in cli_main(capsys, "check", "--keys=lr_scheduler")[1]
     code, _, error = cli_main(capsys, "check", "--keys", "metric")
     assert (code, error) == (2, "--keys: unknown table 'metric'; did you mean \"metrics\"?\n")
 

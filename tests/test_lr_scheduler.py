@@ -5,8 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torchtitan.components.optimizer import LRSchedulersContainer as Upstream
+from torchtitan.components.optimizer import default_adamw
 
+from nitp_titan.checkpoint import CheckpointManager
 from nitp_titan.lr_scheduler import LRSchedulersContainer
+from tests.trainers import metric_lines, running, trainer_config, write_corpus
 
 
 class Optimizers(list):
@@ -41,6 +44,26 @@ def test_exponential_falls_by_a_constant_factor_to_the_lowest_rate():
 def test_other_curves_are_torchtitans(decay_type):
     options = {"warmup_steps": 5, "decay_ratio": 0.5, "decay_type": decay_type, "min_lr_factor": 0.2}
     assert rates(LRSchedulersContainer.Config(**options), 40) == rates(Upstream.Config(**options), 40)
+
+
+def test_a_resumed_run_takes_the_rate_of_its_own_schedule_at_once(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def rates_taken(steps: int, lr: float) -> list[float]:
+        checkpoint = CheckpointManager.Config(enable=True, interval=2, last_save_model_only=False)
+        config = trainer_config(tmp_path / "run", corpus, checkpoint=checkpoint, optimizer=default_adamw(lr=lr))
+        config.training.steps, config.optimizer.implementation = steps, "foreach"
+        taken = []
+        with running(config) as trainer:
+            [optimizer] = trainer.optimizers
+            optimizer.register_step_pre_hook(lambda *_: taken.append(optimizer.param_groups[0]["lr"]))
+            trainer.train()
+        return taken
+
+    assert rates_taken(2, 1e-3)[-2:] == [5e-4, 1e-3]
+    assert rates_taken(4, 5e-3)[-2:] == pytest.approx([5e-3, 2.5e-3])
+    logged = {line["step"]: line["lr/AdamW"] for line in metric_lines(tmp_path / "run")}
+    assert logged == pytest.approx({1: 5e-4, 2: 1e-3, 3: 5e-3, 4: 2.5e-3})
 
 
 CURVES = ["linear", "sqrt", "cosine", "exponential"]

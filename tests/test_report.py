@@ -24,7 +24,8 @@ from tests.decoders import backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {
-    "flavor", "ngpu", "total_params", "active_params", "params", "projector_params", "flops_per_token",
+    "flavor", "changes", "model", "ngpu",
+    "total_params", "active_params", "params", "projector_params", "flops_per_token",
     "nitp_flops_per_token", "nitp_overhead_percent", "mtp_overhead_percent", "memory_gib", "fits_80gb",
 }  # fmt: skip
 WAYS = {"paper", "exact", "with_attention"}
@@ -119,6 +120,17 @@ def test_changes_of_the_shape_are_counted():
         "norms": 7 * 128,
     }
     assert found["active_params"] == found["total_params"] - 2 * 4 * expert
+    assert found["changes"] == {"n_layers": 3, "num_experts": 6, "tie_embeddings": True}
+    text = render(found)
+    assert text.startswith("debug_moe with n_layers = 3, tie_embeddings = true, num_experts = 6 (changed) on 1 rank\n")
+    rows = [line.split(maxsplit=1) for line in text.splitlines() if line]
+    assert ["blocks", "3"] in rows
+    assert ["widths", "model 128, feed-forward 384, an expert 128"] in rows
+    assert ["heads", "4, 2 key-value, head dim 32"] in rows
+    assert ["embeddings", "320 x 128, tied"] in rows
+    assert "NITP's target             block 1 of 3 (a fifth of the depth)" in text
+    assert report("debug_moe", ["--model.shape.n_layers=4"], 1)["changes"] == {}
+    assert "NITP's target             -" in render(report("debug_moe", ["--nitp.no-enable"], 1))
 
 
 def test_layout_precision_and_checkpointing_of_the_job_count(monkeypatch):

@@ -20,6 +20,8 @@ from nitp_titan.versions import release
 # Present exactly where a driver lets this process reach a GPU: NVIDIA, NVIDIA under WSL, AMD.
 _GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
 
+_GPU_FOLDERS = Path("/proc/driver/nvidia/gpus")
+
 DEVICES = ("here", "h100", "cpu")
 """What :func:`meant_for` takes: this machine, one with an H100, one without a GPU."""
 _device: ContextVar[str] = ContextVar("device", default="here")
@@ -87,7 +89,7 @@ def gpu_capability() -> tuple[int, int] | None:
     """Return the compute capability of the GPU where its name tells (Hopper, Blackwell), without asking CUDA."""
     if _device.get() != "here" or not has_gpu():
         return HOPPER if _device.get() == "h100" else None
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+    for file in _GPU_FOLDERS.glob("*/information"):
         text = file.read_text(encoding="utf-8", errors="replace")
         return next((capability for model, capability in _MODELS.items() if re.search(model, text)), None)
     return None

@@ -229,10 +229,11 @@ def unread(draft: Draft, derive: Callable[[Draft], None]) -> tuple[list[str], li
         for key in gate.keys:
             place = gate.table, key
             try:
-                reason = gate.closed(draft) if place not in told and _is_set(draft, place, derive) else ""
+                reason = gate.closed(draft) if place not in told and draft.is_written(*place) else ""
+                ignored = bool(reason) and _is_set(draft, place, derive)
             except Unknown:
                 continue
-            if reason:
+            if ignored:
                 told.add(place)
                 switched_off = bool(gate.key) and draft.is_written(*gate.key.rsplit(".", 1))
                 lines[0 if switched_off else 1].append(f"{gate.table}.{key} is ignored: {reason}")
@@ -240,15 +241,11 @@ def unread(draft: Draft, derive: Callable[[Draft], None]) -> tuple[list[str], li
 
 
 def _is_set(draft: Draft, place: tuple[str, str], derive: Callable[[Draft], None]) -> bool:
-    """Whether file or command line gives a key a value that it would not have anyway, as a resolved file does."""
-    if not draft.is_written(*place):
-        return False
-    value, base = draft.get(*place), draft.base.get(place)
-    if base is None or value == base.value:
-        return base is None
+    """Whether a value that is written is another than would be there anyway, as a resolved file's are."""
+    value = draft.get(*place)
     table, key = place
     if table == "validator.dataloader" and value == draft.get("dataloader", key):
         return False
-    without = replace(draft, settings={**draft.settings, place: base}, notes=[], replaced={})
+    without = replace(draft, settings={**draft.settings, place: draft.base[place]}, notes=[], replaced={})
     derive(without)
     return value != without.settings[place].value

@@ -42,7 +42,7 @@ def test_debug_job():
     config = build("--job.dump_folder=here", "--nitp.weight=0.5", "--training.steps=7", "--loss.chunk_tokens=64")
     assert type(config) is NITPTrainer.Config
     assert config.dump_folder == "here"
-    assert config.nitp == NITPConfig(weight=0.5)
+    assert config.nitp == NITPConfig(weight=0.5, target_layer=1)
     assert config.training.steps == 7
     assert config.loss == JointLoss.Config(chunk_tokens=64)
     assert isinstance(config.tokenizer, ByteTokenizer.Config)

@@ -46,7 +46,7 @@ def test_child_overrides_key_by_key_through_generations(files):
         child='extends = "parent.toml"\n[nitp]\nweight = 0.3\ntarget_layer = "none"\n',
     )
     keys = ("training.steps", "training.seq_len", "nitp.weight", "nitp.target_layer", "validator.dataloader.seed")
-    assert values("child.toml", *keys) == [2, 32, 0.3, None, 5]
+    assert values("child.toml", *keys) == [2, 32, 0.3, 1, 5]
     assert values("parent.toml", *keys) == [2, 32, 0.1, 3, 5]
     job = load_job("child.toml", ["--training.seq_len=64"], 1)
     assert (job["training"]["seq_len"], job.sources["training"]["steps"]) == (64, "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,9 +96,7 @@ def test_defaults_with_a_gpu(job_file, gpu):
     assert "geometry metrics" in note
 
 
-@pytest.mark.parametrize(
-    "overrides", [["--nitp.geometry_freq=0"], ["--nitp.no-enable"], ["--training.no-disable_cuda_graphs"]]
-)
+@pytest.mark.parametrize("overrides", [["--nitp.geometry_freq=0"], ["--training.no-disable_cuda_graphs"]])
 def test_cuda_graphs_are_on_without_geometry(job_file, gpu, overrides):
     job = load_job(job_file(), overrides, 1)
     assert job["training"]["disable_cuda_graphs"] is False
@@ -105,10 +104,45 @@ def test_cuda_graphs_are_on_without_geometry(job_file, gpu, overrides):
     assert job.notes == ()
 
 
-@pytest.mark.parametrize("overrides", [[], ["--nitp.geometry_freq=7"], ["--nitp.no-enable", "--nitp.geometry_freq=7"]])
-def test_geometry_is_measured_by_default_with_nitp_and_on_demand_without(job_file, overrides):
-    expected = 7 if overrides else 100
-    assert load_job(job_file(), overrides, 1)["nitp"]["geometry_freq"] == expected
+@pytest.mark.parametrize("enable", [[], ["--nitp.no-enable"]])
+@pytest.mark.parametrize(("overrides", "expected"), [([], 100), (["--nitp.geometry_freq=7"], 7)])
+def test_geometry_is_measured_with_nitp_and_without(job_file, gpu, enable, overrides, expected):
+    job = load_job(job_file(), [*enable, *overrides], 1)
+    assert (job["nitp"]["geometry_freq"], job["training"]["disable_cuda_graphs"]) == (expected, True)
+    graphs = ["--training.no-disable_cuda_graphs"]
+    assert load_job(job_file(), [*enable, *graphs], 1)["nitp"]["geometry_freq"] == 0
+
+
+def test_the_chosen_target_layer_is_written_out(job_file, tmp_path):
+    deep = ["--model.shape.n_layers=12"]
+    for overrides, expected in ((deep, 2), ([*deep, "--nitp.target_layer=none"], 2), (["--nitp.target_layer=4"], 4)):
+        job = load_job(job_file(), overrides, 1)
+        assert job["nitp"]["target_layer"] == expected
+        write_resolved(job, tmp_path / "config.toml")
+        assert tomli.loads((tmp_path / "config.toml").read_text())["nitp"]["target_layer"] == expected
+    assert load_job(job_file(), ["--nitp.no-enable"], 1)["nitp"]["target_layer"] is None
+    assert load_job(job_file(), ["--nitp.loss=generic_cosine"], 1)["nitp"]["target_layer"] is None
+
+
+def test_the_resolved_file_has_the_shape_and_says_what_unset_stands_for(job_file, tmp_path):
+    overrides = ["--model.shape.dim=64", "--model.shape.head_dim=16", "--lr_scheduler.decay_ratio=none"]
+    job = load_job(job_file(), overrides, 2)
+    text = resolved_toml(job)
+    for line in (
+        "dim = 64  # command line",
+        "n_layers = 6  # flavor",
+        'total_steps = "none"  # training.steps, 200',
+        'decay_ratio = "none"  # command line: all steps after the warm-up, 180',
+        'name = "auto"  # nitp_titan: linear_cross_entropy',
+        "data_parallel_shard_degree = -1  # all ranks that are left, 2",
+    ):
+        assert line in text.splitlines()
+    shape = tomli.loads(text)["model"]["shape"]
+    assert shape == dataclasses.asdict(job.shape)
+    again = load_job(job_file(text, "resolved.toml"), [], 2)
+    # What is the flavor's own is no change of it.
+    assert again["model.shape"] == job["model.shape"]
+    assert again.doubts == ()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +229,7 @@ def test_resolved_file_says_where_values_come_from(job_file):
         "local_batch_size = 8  # flavor",
         'spmd_backend = "partial_dtensor"  # nitp_titan',
         "gc_freq = 50",
-        'target_layer = "none"  # nitp_titan',
+        "target_layer = 1  # nitp_titan",
     ):
         assert line in text.splitlines()
 
@@ -262,7 +296,8 @@ def test_resolved_file_gives_the_same_values(overrides, tmp_path):
     path.write_text(tomli_w.dumps(document), encoding="utf-8")
     job = load_job(path, [], 1)
     for (table, key), value in overrides.items():
-        assert job[table][key] == value, (table, key)
+        if (table, key) != ("nitp", "target_layer") or value is not None:
+            assert job[table][key] == value, (table, key)
     write_resolved(job, tmp_path / "resolved.toml")
     again = load_job(tmp_path / "resolved.toml", [], 1)
     assert again.tables == job.tables

@@ -63,6 +63,10 @@ def test_facts_and_model_have_the_shape(flavor):
     # The formula of costs.parts_of_shape against a count on the meta device.
     assert facts_of(model) == job.model
     assert f"nitp_titan {flavor} with dim = 64, n_layers = 3, head_dim = 16, vocab_size = 512" in explain(job)
+    assert (
+        "tie_embeddings = true (changed): 3 blocks, width 64, vocabulary 512 (embeddings tied), 4 heads ("
+        in explain(job)
+    )
 
 
 def test_resolved_file_has_the_same_shape(tmp_path):
@@ -76,7 +80,8 @@ def test_resolved_file_has_the_same_shape(tmp_path):
 
 def test_depth_vocabulary_and_length_of_the_shape_are_checked():
     assert problems("--model.shape.n_layers=3", "--nitp.target_layer=5") == [
-        "--nitp.target_layer: found 5, expected 0..3 (0 = the embeddings, 3 = the last block)"
+        "--nitp.target_layer: found 5, expected 0..3 (0 = the embeddings, 3 = the last block); "
+        '"none" is a fifth of the depth, 1'
     ]
     assert load_job(None, ["--model.shape.n_layers=12", "--nitp.target_layer=12"], 1)
     [problem] = problems("--model.shape.vocab_size=257")
