@@ -47,7 +47,7 @@ fi
 
 # A bad job is told here, in a second, before any process is launched: on every node, since the others would wait for
 # one that is missing.
-"$PYTHON" -m nitp_titan.cli check "$CONFIG_FILE" --device here --ngpu "$((NNODES * NGPU))" "$@"
+NITP_TITAN_DEVICE=here "$PYTHON" -m nitp_titan.cli check "$CONFIG_FILE" --ngpu "$((NNODES * NGPU))" "$@"
 
 if [ "$((NNODES * NGPU))" = 1 ]; then
     exec "$PYTHON" -m nitp_titan.train --job.config_file "$CONFIG_FILE" "$@"

@@ -11,7 +11,7 @@ from pathlib import Path
 from nitp_titan import __version__
 from nitp_titan.explain import explain, explain_keys, warnings_of
 from nitp_titan.job import Job, JobError, load_job, machine
-from nitp_titan.job.errors import did_you_mean
+from nitp_titan.job.errors import did_you_mean, one_of
 from nitp_titan.job.layout import DEGREES
 from nitp_titan.job.read import split_command_line
 from nitp_titan.job.resolve import resolve
@@ -27,8 +27,9 @@ Every key of every table can be given after the file; it overrides the file's:
 "none" unsets an optional key. `nitp-titan check --keys [TABLE]` lists the keys, what they mean, their defaults and
 whose these are; `nitp-titan check FILE --keys [TABLE]` the values of a job.
 
---device says what the job is meant for: h100, cpu, or here (this machine). Unset, it is this machine where it has a
-GPU or the model is a debug one, and otherwise an H100. --strict ends with 2 where there is a warning.
+--device says what the job is meant for: h100, cpu, or here (this machine). Unset, it is NITP_TITAN_DEVICE, or else this
+machine where it has a GPU or the model is a debug one, and otherwise an H100. --strict ends with 2 where there is a
+warning.
 
 --dry-run also builds and shards the model as each rank of the run would, on a fake process group that takes no GPU
 and no memory, and tells what every rank holds. It takes seconds; a layout that TorchTitan refuses is refused here.
@@ -164,7 +165,10 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         world_size = _world_size(arguments)
     except argparse.ArgumentTypeError as error:
         return _fail(f"WORLD_SIZE: {error}")
-    with machine.meant_for(arguments.device or _usual_device(arguments.file, overrides, world_size)):
+    device = arguments.device or os.environ.get("NITP_TITAN_DEVICE")
+    if device and device not in machine.DEVICES:
+        return _fail(f"NITP_TITAN_DEVICE: found {device!r}, expected {one_of(machine.DEVICES)}")
+    with machine.meant_for(device or _usual_device(arguments.file, overrides, world_size)):
         try:
             job = load_job(arguments.file, overrides, world_size)
         except JobError as error:

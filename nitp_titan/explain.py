@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nitp_titan.costs import projector_params
+from nitp_titan.describe import flavor_name, target_of
 from nitp_titan.job import float8, machine
 from nitp_titan.job.check import loss_name
 from nitp_titan.job.errors import quote
@@ -13,7 +14,7 @@ from nitp_titan.job.schedule import Schedule
 from nitp_titan.job.schema import all_tables, describe
 from nitp_titan.job.shape import TABLE as SHAPE
 from nitp_titan.job.write import meanings
-from nitp_titan.report import flavor_name, summary, target_of
+from nitp_titan.report import summary
 
 _ASSUMED = {
     "h100": "explained for an H100 (--device here or cpu for another)",

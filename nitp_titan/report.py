@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.costs import WAYS, Block, Parts, flops, mtp_flops, nitp_flops, parts_of_shape, projector_params
+from nitp_titan.describe import model_rows, named
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.check import loss_name
-from nitp_titan.job.errors import nearest, quote
+from nitp_titan.job.errors import nearest
 from nitp_titan.job.models import head_dim_of
 from nitp_titan.job.shape import changes_of
 from nitp_titan.memory import CAPACITY, GIB, Run, fits, memory
@@ -62,45 +63,9 @@ def summary(job: Job) -> tuple[str, str]:
     )
 
 
-def flavor_name(job: Job) -> str:
-    """Return the flavor's name and what the job changes in its shape: "0.5B with dim = 512 (changed)"."""
-    return _name(job["model"]["flavor"], changes_of(job["model.shape"]))
-
-
-def _name(flavor: str, changes: dict[str, Any]) -> str:
-    said = [f"{key} = {quote(value)}" for key, value in changes.items()]
-    return flavor + (f" with {', '.join(said)} (changed)" if said else "")
-
-
-def target_of(job: Job) -> str:
-    """Return NITP's target layer and whose choice it is: "block 5 of 24 (the flavor's)". It needs one."""
-    layer, source = job["nitp"]["target_layer"], job.sources["nitp"]["target_layer"]
-    depth = job.model.n_layers if job.model else 0
-    whose = {"flavor": "the flavor's", "nitp_titan": "a fifth of the depth", "file": "the file's"}
-    whose["command line"] = "the command line's"
-    where = "the embeddings" if layer == 0 else f"block {layer} of {depth}"
-    return f"{where} ({whose[source]})"
-
-
-def _model(job: Job) -> dict[str, str]:
-    """Return what a reader checks a model by, as rows of text."""
-    model, nitp = job.model, job.nitp
-    assert model is not None, "a job whose costs are counted has a model"
-    widths = {"model": model.dim, "feed-forward": model.hidden_dim, "an expert": model.expert_hidden_dim}
-    heads = f"{model.n_heads}" + (f", {model.n_kv_heads} key-value" if model.n_kv_heads else "")
-    targeted = nitp.enable and nitp.loss != "generic_cosine"
-    return {
-        "blocks": f"{model.n_layers}",
-        "widths": ", ".join(f"{name} {width:,}" for name, width in widths.items() if width),
-        "heads": f"{heads}, head dim {model.head_dim}" if model.n_heads else "-",
-        "embeddings": f"{model.vocab_size:,} x {model.dim:,}, {'tied' if model.tied else 'untied'}",
-        "NITP's target": target_of(job) if targeted else "-",
-    }
-
-
 def render(costs: dict[str, Any]) -> str:
     """Return a report as text for people."""
-    lines = [f"{_name(costs['flavor'], costs['changes'])} on {costs['ngpu']} rank" + "s" * (costs["ngpu"] > 1), ""]
+    lines = [f"{named(costs['flavor'], costs['changes'])} on {costs['ngpu']} rank" + "s" * (costs["ngpu"] > 1), ""]
     lines += [f"{name:<26}{text}" for name, text in costs["model"].items()] + [""]
     lines += [_row("parameters", "all", "share")]
     for name, count in costs["params"].items():
@@ -152,7 +117,7 @@ def _costs(job: Job, parts: Parts) -> dict[str, Any]:
     return {
         "flavor": job["model"]["flavor"],
         "changes": changes_of(job["model.shape"]),
-        "model": _model(job),
+        "model": model_rows(job),
         "ngpu": job.world_size,
         "total_params": parts.total(),
         "active_params": parts.active(),

@@ -122,6 +122,11 @@ def test_check_explains_the_device_that_a_job_is_meant_for(capsys, monkeypatch):
     assert code == 2
     assert error.startswith('command line: --model.attn_backend: found "flex_flash", which on a Hopper GPU needs')
     assert cli_main(capsys, "check", DEBUG, "--device", "h200")[0] == 2
+    monkeypatch.setenv("NITP_TITAN_DEVICE", "here")
+    assert "there is no CUDA device" in cli_main(capsys, "check", "train_configs/nitp_0.5b.toml")[1]
+    monkeypatch.setenv("NITP_TITAN_DEVICE", "gpu")
+    code, _, error = cli_main(capsys, "check", DEBUG)
+    assert (code, error) == (2, 'NITP_TITAN_DEVICE: found \'gpu\', expected one of "here", "h100", "cpu"\n')
 
 
 def test_strict_ends_with_2_where_there_is_a_warning(capsys):

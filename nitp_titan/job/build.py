@@ -102,16 +102,25 @@ def model_spec(
 
         spec = model_registry(flavor, attn_backend=attn_backend, **shape)
     else:
-        path = module if "." in module else f"torchtitan.models.{module}"
-        registry = importlib.import_module(path).model_registry
-        takes_backend = "attn_backend" in inspect.signature(registry).parameters
-        spec = registry(flavor, **({"attn_backend": attn_backend} if takes_backend else {}))
+        registry = importlib.import_module(_path(module)).model_registry
+        spec = registry(flavor, **({"attn_backend": attn_backend} if takes_backend(module) else {}))
     if flex_options:
         from torchtitan.models.common.attention import FlexAttention
 
         for _, attention, _, _ in spec.traverse(FlexAttention.Config):
             attention.kernel_options = attention.kernel_options | flex_options
     return spec
+
+
+def _path(module: str) -> str:
+    return module if "." in module else f"torchtitan.models.{module}"
+
+
+def takes_backend(module: str) -> bool:
+    """Whether ``attn_backend`` reaches the models of a module, which is imported."""
+    registry = importlib.import_module(_path(module)).model_registry
+    parameters = inspect.signature(registry).parameters.values()
+    return any(p.name == "attn_backend" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def import_facts(draft: Draft) -> ModelFacts:
@@ -121,7 +130,7 @@ def import_facts(draft: Draft) -> ModelFacts:
         JobError: there is no such module or flavor, or it is not a decoder.
     """
     module, flavor = draft.get("model", "module"), draft.get("model", "flavor")
-    path = module if "." in module else f"torchtitan.models.{module}"
+    path = _path(module)
 
     def refuse(key: str, message: str, hint: str = "") -> JobError:
         return JobError([draft.problem("model", key, message, hint)])

@@ -166,16 +166,19 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
     draft, problems = resolve(file, overrides, world_size, for_training=for_training)
     if problems:
         raise JobError(problems)
+    of_module = []
     if draft.model is None:
-        from nitp_titan.job.build import import_facts
+        from nitp_titan.job.build import import_facts, takes_backend
 
         draft.model = import_facts(draft)
+        if draft.is_written("model", "attn_backend") and not takes_backend(draft.get("model", "module")):
+            of_module = ["model.attn_backend is ignored: the module's model_registry does not take it"]
         defaults.derive(draft)
         if problems := list(run_checks(draft, CHECKS)):
             raise JobError(problems)
     warnings = list(run_checks(draft, MACHINE_CHECKS)) if not for_training else []
     switched_off, never_on = unread(draft, defaults.derive)
-    doubts = [*never_on, *(line for rule in DOUBTS for line in rule(draft))]
+    doubts = [*of_module, *never_on, *(line for rule in DOUBTS for line in rule(draft))]
     return Job(
         file=draft.file,
         tables=_by_table(draft, "value"),

@@ -161,6 +161,10 @@ def foreign_module(tmp_path, monkeypatch):
         """)
     )
     (package / "empty.py").touch()
+    (package / "bare.py").write_text(
+        "from torchtitan.models.llama3 import model_registry as llama\n"
+        'model_registry = lambda flavor: llama(flavor, attn_backend="flex")\n'
+    )
     monkeypatch.syspath_prepend(tmp_path)
     yield
     for name in [name for name in sys.modules if name.startswith("somebodys")]:
@@ -172,6 +176,12 @@ def test_foreign_module(foreign_module):
     job = load_job(None, ["--model.module=somebodys.model", "--model.flavor=small", data, "--nitp.target_layer=6"], 1)
     assert job.model.n_layers == 6
     assert build_trainer_config(job).model_spec.name == "llama3"
+
+    assert load_job(None, [*job.overrides, "--model.attn_backend=flex"], 1).doubts == ()
+    bare = ["--model.module=somebodys.bare", "--model.flavor=debugmodel", data]
+    assert load_job(None, bare, 1).doubts == ()
+    [doubt] = load_job(None, [*bare, "--model.attn_backend=varlen"], 1).doubts
+    assert doubt == "model.attn_backend is ignored: the module's model_registry does not take it"
 
     def refusal(*options):
         with pytest.raises(JobError) as caught:
