@@ -9,7 +9,8 @@ one of ``models`` by which these two count a model.
     snapshot   upstream's tables and models -> upstream_schema.json
     resolve    the layers merged: load_job() -> Job               draft     a job while it is merged and checked
     defaults   ours, and those that depend on other keys          models, machine   what the checks know
-    check, layout, pipeline, shape, float8, rules                 what values must agree on
+    check, layout, pipeline, shape, float8, attention, rules      what values must agree on
+    schedule, initial      steps and first weights                unread     what would be ignored
     build      Job -> NITPTrainer.Config                          write     Job -> the resolved TOML
 """
 
