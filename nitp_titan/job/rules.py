@@ -5,7 +5,6 @@ A test builds TorchTitan's configurations with the same values and sees it refus
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -258,7 +257,7 @@ def check_device(draft: Draft) -> Iterator[Problem]:
 
 def check_wandb(draft: Draft) -> Iterator[Problem]:
     """What TorchTitan would only log, and go on without: Weights & Biases is not installed."""
-    if draft.get("metrics", "enable_wandb") and importlib.util.find_spec("wandb") is None:
+    if draft.get("metrics", "enable_wandb") and not machine.has_module("wandb"):
         message = "found true, and no package wandb in this environment"
         yield draft.problem("metrics", "enable_wandb", message, "pip install wandb")
 

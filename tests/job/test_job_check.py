@@ -100,6 +100,10 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          "divisor of data_parallel_shard x context x tensor = 1"),
         (["--parallelism.spmd_backend", "spmd_types"], '--parallelism.spmd_backend: "spmd_types" needs torch >= 2.14'),
         (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
+        (["--profiler.enable_profiling", "--profiler.profile_freq=3"], "--profiler.profile_freq: found 3, expected at "
+         "least profiler_warmup 3 + profiler_active 1 = 4"),
+        (["--profiler.enable_memory_snapshot", "--profiler.memory_snapshot_freq=0"], "--profiler.memory_snapshot_freq: "
+         'found 0, expected at least 1, or "none"'),
         (["--activation_checkpoint.mode", "memory_budget"], 'found "memory_budget", which needs compile.enable = true'),
     ],
 )  # fmt: skip
@@ -276,6 +280,8 @@ def test_missing_assets_are_an_error_of_training_alone(tmp_path):
     [
         (["--training.no-disable_cuda_graphs"], "found no GPU, expected true: CUDA graphs need a GPU"),
         (["--model.attn_backend=varlen"], 'found no GPU, expected "flex": varlen needs a GPU'),
+        (["--model.attn_backend=flex_flash"], 'found no GPU, expected "flex": flex_flash needs a GPU'),
+        (["--profiler.enable_memory_snapshot"], "found no GPU, expected false: torch records a GPU's memory alone"),
         (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
         (["--job.dump_folder="], 'found "", expected a folder\'s name'),
         (["--job.dump_folder=pyproject.toml"], 'found "pyproject.toml", which is a file'),
@@ -288,6 +294,15 @@ def test_what_this_machine_lacks_is_an_error_of_training_alone(tmp_path, argumen
     assert expected in problem
     [warning] = load_job(None, arguments, 1).warnings
     assert str(warning) == problem
+
+
+def test_weights_and_biases_that_are_not_installed_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "has_module", lambda name: name != "wandb")
+    [problem] = problems(tmp_path, "--metrics.enable_wandb", for_training=True)
+    assert problem == (
+        "command line: --metrics.enable_wandb: found true, and no package wandb in this environment; pip install wandb"
+    )
+    assert problems(tmp_path, for_training=True) == []
 
 
 def test_wrong_training_data_is_not_reported_of_the_validation_data_too(tmp_path):
