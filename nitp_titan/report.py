@@ -182,7 +182,8 @@ def _imported_parts(job: Job) -> Parts:
 
     table = job["model"]
     try:
-        return parts_of_config(model_spec(table["module"], table["flavor"], table["attn_backend"]).model)
+        # Attention has the same parameters whatever computes it, and some of it is made only where its GPU is.
+        return parts_of_config(model_spec(table["module"], table["flavor"], "flex").model)
     except Exception as error:  # somebody else's code, which may need what is not installed
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         message = f"{table['module']} {table['flavor']} cannot be built: {reason}"

@@ -79,6 +79,14 @@ def test_a_backend_that_torchtitan_refuses_is_no_traceback(monkeypatch):
         build_trainer_config(load_job(None, ["--model.attn_backend=flex_flash"], 1))
 
 
+def test_a_dry_run_for_an_h100_needs_none(installed, monkeypatch):
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    installed.add(FA4)
+    with machine.meant_for("h100"):
+        config = build_trainer_config(load_job(None, ["--model.attn_backend=flex_flash"], 1))
+    assert config.model_spec.flavor == "debug"
+
+
 def test_modules_are_found_without_running_them(tmp_path, monkeypatch):
     (tmp_path / "kernels" / "cute").mkdir(parents=True)
     (tmp_path / "kernels" / "__init__.py").write_text("raise RuntimeError")
