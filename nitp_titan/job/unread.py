@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nitp_titan.job.check import loss_name
-from nitp_titan.job.draft import Draft, Unknown
+from nitp_titan.job.draft import Draft, Setting, Unknown
 from nitp_titan.job.errors import quote
 from nitp_titan.job.schema import all_tables
 from nitp_titan.job.shape import shape_of
@@ -236,8 +236,14 @@ def unread(draft: Draft, derive: Callable[[Draft], None]) -> tuple[list[str], li
             if ignored:
                 told.add(place)
                 switched_off = bool(gate.key) and draft.is_written(*gate.key.rsplit(".", 1))
-                lines[0 if switched_off else 1].append(f"{gate.table}.{key} is ignored: {reason}")
+                lines[0 if switched_off else 1].append(
+                    f"{gate.table}.{key} is ignored: {reason}{_place(draft.settings[place])}"
+                )
     return lines
+
+
+def _place(setting: Setting) -> str:
+    return f" ({setting.where}:{setting.line})" if setting.line else ""
 
 
 def _is_set(draft: Draft, place: tuple[str, str], derive: Callable[[Draft], None]) -> bool:

@@ -218,6 +218,13 @@ def test_a_value_that_is_there_anyway_is_not_said(tmp_path):
     assert load(["--checkpoint.interval=500", "--profiler.profiler_active=1"], 1).doubts == ()
 
 
+def test_what_is_ignored_is_said_with_its_place(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text("[checkpoint]\n\ninterval = 7\n")
+    said = f"checkpoint.interval is ignored: checkpoint.enable is false ({path}:3)"
+    assert load_job(path, [], 1).doubts == (said,)
+
+
 def test_what_was_switched_off_is_a_note_and_what_was_never_on_a_doubt():
     said = "checkpoint.interval is ignored: checkpoint.enable is false"
     never, off = load(["--checkpoint.interval=7"], 1), load(["--checkpoint.interval=7", "--checkpoint.no-enable"], 1)
