@@ -46,6 +46,15 @@ def check_files(draft: Draft) -> Iterator[Problem]:
         yield from _check_start(draft)
 
 
+def notes(draft: Draft) -> Iterator[str]:
+    """Yield a line where first weights are named and a run goes on from a checkpoint of its own, as a restart does."""
+    folder = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
+    latest = latest_step(folder) if draft.get("checkpoint", "enable") else None
+    for key in ("initial_load_path", "initial_load_in_hf"):
+        if latest is not None and draft.get("checkpoint", key):
+            yield f"checkpoint.{key} is not read: the run goes on from its own {folder / f'step-{latest}'}"
+
+
 def _check_start(draft: Draft) -> Iterator[Problem]:
     path, in_hf = (
         (draft.get("checkpoint", "initial_load_path") or "").strip(),

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nitp_titan.float8.config import Float8Config
-from nitp_titan.job import defaults, schedule
+from nitp_titan.job import defaults, initial, schedule
 from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model, weight_doubts
 from nitp_titan.job.draft import Draft, Layer, Setting, Unknown, run_checks
 from nitp_titan.job.errors import JobError, Problem
@@ -186,7 +186,7 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
         overrides=tuple(overrides),
         layout=Layout.of(draft),
         model=draft.model,
-        notes=(*draft.notes, *switched_off, *doubts),
+        notes=(*draft.notes, *initial.notes(draft), *switched_off, *doubts),
         doubts=tuple(doubts),
         warnings=tuple(warnings),
     )

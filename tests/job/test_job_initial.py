@@ -99,6 +99,11 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(checkpoint):
     run = checkpoint.parents[1]
     words = [f"--job.dump_folder={run}", "--checkpoint.enable"]
     assert problems(*words, "--checkpoint.initial_load_path=/no/where") == []
+    said = f"checkpoint.initial_load_path is not read: the run goes on from its own {checkpoint}"
+    for path, expected in (("/no/where", True), ("none", False)):
+        job = load_job(None, [*words, f"--checkpoint.initial_load_path={path}"], 1)
+        assert (said in job.notes) == expected
+        assert job.doubts == ()
     assert problems(*words, "--checkpoint.load_step=7") == []
     [problem] = problems(*words, "--checkpoint.load_step=8")
     assert problem == f"load_step: found 8, which {run}/checkpoint has no checkpoint of; the latest there is 7"
