@@ -13,6 +13,7 @@ from nitp_titan.job.resolve import Job
 from nitp_titan.job.schedule import Schedule
 from nitp_titan.job.schema import all_tables, describe
 from nitp_titan.job.shape import TABLE as SHAPE
+from nitp_titan.job.tokenizer import tokenizer_notes
 from nitp_titan.job.write import meanings
 from nitp_titan.report import summary
 
@@ -41,6 +42,7 @@ def explain(job: Job) -> str:
         ("output", _output(job)),
         *([("device", _ASSUMED[machine.device()])] if machine.device() in _ASSUMED else []),
         *[("note", note) for note in job.notes if note not in job.doubts],
+        *[("note", note) for note in tokenizer_notes(job["model"]["hf_assets_path"], dict(job["tokenizer"]))],
         *[("warning", warning) for warning in warnings_of(job)],
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)

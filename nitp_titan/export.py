@@ -26,15 +26,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.models.common.decoder import Decoder
 
-from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.decoder import PROJECTOR_PREFIX
 from nitp_titan.fit import Misfit, a_few
 from nitp_titan.job import Job
-from nitp_titan.job.build import model_spec
+from nitp_titan.job.build import model_spec, tokenizer_config
 from nitp_titan.job.shape import changes_of
 from nitp_titan.models.hf import Architecture, architecture_of, hf_config, obstacles
 from nitp_titan.tokenizer_files import TokenizerError, write_tokenizer
@@ -262,11 +261,9 @@ class Plan:
 
 
 def _tokenizer(job: Job) -> BaseTokenizer:
-    if job["tokenizer"]["name"] == "byte":
-        return ByteTokenizer()
     try:
-        return HuggingFaceTokenizer(tokenizer_path=job["model"]["hf_assets_path"])
-    except Exception as error:  # tokenizers raises Exception itself
+        return tokenizer_config(job).build(tokenizer_path=job["model"]["hf_assets_path"])
+    except ValueError as error:
         raise ExportError(f"model.hf_assets_path: no tokenizer to copy: {error}") from error
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 
+from nitp_titan.data.hf_tokenizer import TextTokenizer
 from nitp_titan.data.tokenizer import ByteTokenizer
+from nitp_titan.data.tokenizer_folder import text_of_token
 
 # Without a class of its own transformers takes the one that the model's type is known for, with other rules.
 _PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -43,7 +45,7 @@ def write_tokenizer(tokenizer: BaseTokenizer, assets: Path, folder: Path) -> int
 
     Args:
         tokenizer: what training encoded with.
-        assets: folder that a ``HuggingFaceTokenizer`` was read from.
+        assets: folder that a ``TextTokenizer`` was read from.
         folder: folder to write to.
 
     Returns:
@@ -55,23 +57,22 @@ def write_tokenizer(tokenizer: BaseTokenizer, assets: Path, folder: Path) -> int
     if isinstance(tokenizer, ByteTokenizer):
         _write_byte_tokenizer(tokenizer, folder)
         return tokenizer.eos_id
-    assert isinstance(tokenizer, HuggingFaceTokenizer), tokenizer
+    assert isinstance(tokenizer, TextTokenizer), tokenizer
     given = _config_of(assets)
     backend = tokenizer.tokenizer
-    # What is cut off or filled up is a matter of who calls it next.
-    backend.no_truncation()
-    backend.no_padding()
     # Those that are in the vocabulary, as training has matched them; as text, since their flags are in tokenizer.json.
     named = {
-        key: token for key in _NAMED if (token := _text(given.get(key))) and backend.token_to_id(token) is not None
+        key: token
+        for key in _NAMED
+        if (token := text_of_token(given.get(key))) and backend.token_to_id(token) is not None
     }
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     named |= {key: backend.id_to_token(i) for key, i in ids.items() if i is not None}
     if "pad_token" not in named and "eos_token" in named:
         named["pad_token"] = named["eos_token"]
     config = _PLAIN | named | {key: given[key] for key in _KEPT if key in given}
-    if backend.encode_special_tokens:
-        config["split_special_tokens"] = True
+    # Text that reads as a special token was text in training, but is the token in what is exported: a chat template
+    # of a later training writes its tokens as text.
     if (assets / _CHAT_TEMPLATE).is_file():
         shutil.copyfile(assets / _CHAT_TEMPLATE, folder / _CHAT_TEMPLATE)
     _write(backend, _ids_of(tokenizer), config, tokenizer.bos_id, folder)
@@ -166,11 +167,6 @@ def _config_of(assets: Path) -> dict[str, Any]:
     """Return the contents of the folder's ``tokenizer_config.json``; empty where there is none."""
     path = assets / "tokenizer_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _text(token: Any) -> str | None:
-    """Return a token that a configuration writes out or describes."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _byte_characters() -> list[str]:

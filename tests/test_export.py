@@ -102,9 +102,7 @@ def test_a_tokenizer_of_hugging_face_goes_along(tmp_path):
     words = ["--tokenizer.name=huggingface", f"--model.hf_assets_path={assets}"]
     job = shrunken("debug", *words)
     trained(job, tmp_path / "step-3")
-    assert "model.hf_assets_path: no tokenizer to copy: No supported tokenizer files" in refusal(
-        tmp_path / "step-3", tmp_path / "out", job
-    )
+    assert "model.hf_assets_path: no tokenizer to copy: '" in refusal(tmp_path / "step-3", tmp_path / "out", job)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2, "?": 3}, unk_token="?"))
     tokenizer.save(str(assets / "tokenizer.json"))
     (assets / "tokenizer_config.json").write_text(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer
 
+from nitp_titan.data.hf_tokenizer import TextTokenizer
 from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.tokenizer_files import TokenizerError, write_tokenizer
 from tests.tokenizers_of_others import KINDS, TEXTS, write_kind
@@ -55,6 +55,9 @@ def test_byte_tokenizers_special_tokens(byte_tokenizer):
         assert byte_tokenizer(text)["input_ids"] == [256, *text.encode()]
 
 
+ALLOWING = TextTokenizer.Config(allow_special_in_text=True)
+
+
 @pytest.fixture
 def assets(tmp_path) -> Path:
     """Files of a byte-pair encoding that merges "th"."""
@@ -75,7 +78,8 @@ def test_a_tokenizers_files_go_along(assets, tmp_path, config):
     if config:
         (assets / "tokenizer_config.json").write_text(json.dumps(config))
     (assets / "model.safetensors").touch()
-    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
+    # As transformers reads a text that names a special token.
+    ours = TextTokenizer(ALLOWING, tokenizer_path=str(assets))
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, assets, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
@@ -90,7 +94,7 @@ def test_a_vocabulary_without_tokenizer_json_becomes_one(assets, tmp_path):
     (assets / "tokenizer.json").unlink()
     (assets / "vocab.json").write_text(json.dumps(saved["model"]["vocab"]))
     (assets / "merges.txt").write_text("#version: 0.2\nt h\n")
-    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
+    ours = TextTokenizer(tokenizer_path=str(assets))
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, assets, tmp_path / "out")
     assert loaded(tmp_path / "out")("the other")["input_ids"] == ours.encode("the other")
@@ -100,7 +104,8 @@ def test_a_vocabulary_without_tokenizer_json_becomes_one(assets, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "ernie4_5_moe", "qwen3"])
 def test_the_ids_are_those_of_training_whatever_class_is_named(kind, model_type, tmp_path):
     assets = write_kind(kind, tmp_path / "assets")
-    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
+    # As transformers reads a text that names a special token.
+    ours = TextTokenizer(ALLOWING, tokenizer_path=str(assets))
     (tmp_path / "out").mkdir()
     pad = write_tokenizer(ours, assets, tmp_path / "out")
     theirs = loaded(tmp_path / "out", model_type)
@@ -115,7 +120,7 @@ def test_the_ids_are_those_of_training_whatever_class_is_named(kind, model_type,
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    again = HuggingFaceTokenizer(tokenizer_path=str(tmp_path / "out"))
+    again = TextTokenizer(ALLOWING, tokenizer_path=str(tmp_path / "out"))
     assert (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id)
     assert all(again.encode(text, add_bos=True) == ours.encode(text, add_bos=True) for text in TEXTS)
 
@@ -123,13 +128,8 @@ def test_the_ids_are_those_of_training_whatever_class_is_named(kind, model_type,
 def test_a_bos_that_training_leaves_out_is_not_set(tmp_path):
     assets = write_kind("digits with a BOS, as Llama", tmp_path / "assets")
 
-    class Bare(HuggingFaceTokenizer):
-        add_bos = False
-
-        def encode(self, text, **_):
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    ours = Bare(tokenizer_path=str(assets))
+    config = TextTokenizer.Config(add_bos=False, allow_special_in_text=True)
+    ours = TextTokenizer(config, tokenizer_path=str(assets))
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, assets, tmp_path / "out")
     theirs = loaded(tmp_path / "out")
@@ -139,15 +139,14 @@ def test_a_bos_that_training_leaves_out_is_not_set(tmp_path):
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is False
 
 
-def test_special_tokens_that_training_split_stay_split(assets, tmp_path):
+def test_a_special_tokens_text_is_the_token_in_what_is_exported(assets, tmp_path):
+    """It was text in training, but later trainings write the tokens of their chat templates as text."""
     (assets / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    ours = HuggingFaceTokenizer(tokenizer_path=str(assets))
-    ours.tokenizer.encode_special_tokens = True
+    ours = TextTokenizer(tokenizer_path=str(assets))
+    assert len(ours.encode("a<|end|>")) == len("a<|end|>")
     (tmp_path / "out").mkdir()
     write_tokenizer(ours, assets, tmp_path / "out")
-    ids = loaded(tmp_path / "out")("a<|end|>")["input_ids"]
-    assert ids == ours.encode("a<|end|>")
-    assert len(ids) == len("a<|end|>")
+    assert loaded(tmp_path / "out")("a<|end|>")["input_ids"] == [*ours.encode("a"), ours.eos_id]
 
 
 def test_truncation_and_padding_stay_behind(assets, tmp_path):
@@ -156,7 +155,7 @@ def test_truncation_and_padding_stay_behind(assets, tmp_path):
     tokenizer.enable_padding(length=9, pad_token="<|end|>", pad_id=257)
     tokenizer.save(str(assets / "tokenizer.json"))
     (tmp_path / "out").mkdir()
-    write_tokenizer(HuggingFaceTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
+    write_tokenizer(TextTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
     theirs = loaded(tmp_path / "out")
     assert len(theirs("abcdefgh")["input_ids"]) == 8
     assert len(theirs("ab")["input_ids"]) == 2
@@ -166,14 +165,14 @@ def test_a_chat_template_goes_along(assets, tmp_path):
     (assets / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     (assets / "tokenizer_config.json").write_text('{"model_max_length": 77, "eos_token": "<|end|>"}')
     (tmp_path / "out").mkdir()
-    write_tokenizer(HuggingFaceTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
+    write_tokenizer(TextTokenizer(tokenizer_path=str(assets)), assets, tmp_path / "out")
     theirs = loaded(tmp_path / "out")
     assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     assert theirs.model_max_length == 77
 
 
 def test_other_ids_than_trainings_are_refused(assets, tmp_path):
-    class Shouting(HuggingFaceTokenizer):
+    class Shouting(TextTokenizer):
         def encode(self, text, **options):
             return super().encode(text.upper(), **options)
 

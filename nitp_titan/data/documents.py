@@ -13,11 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nitp_titan.data.bad_text import BOM, BadText
+from nitp_titan.data.errors import DataError
+
 MIN_PIECE_BYTES = 4096
 """Documents up to this length are never cut: a piece should still be many tokens long."""
 
 _PIECES_PER_SHARE = 4  # so that the streams of a corpus that was one file advance through well mixed pieces
 _CUT_WINDOW = 1024  # bytes searched for a line end, then for a space, before a word is cut
+_BOM = BOM.encode()
 
 
 class Documents(Protocol):
@@ -29,7 +33,7 @@ class Documents(Protocol):
 
 
 class ListDocuments:
-    """Documents held in memory as UTF-8 (bytes that are not UTF-8 read as U+FFFD)."""
+    """Documents held in memory as UTF-8."""
 
     def __init__(self, texts: list[bytes]):
         self._texts = texts
@@ -38,7 +42,7 @@ class ListDocuments:
         return len(self._texts)
 
     def __getitem__(self, i: int) -> str:
-        return self._texts[i].decode("utf-8", errors="replace")
+        return self.decode(i, self._texts[i])
 
     def sizes(self) -> np.ndarray:
         """Bytes of each document, (len,) int64."""
@@ -48,15 +52,26 @@ class ListDocuments:
         """The document's bytes, not copied."""
         return memoryview(self._texts[i])
 
+    def decode(self, i: int, part: bytes) -> str:
+        """The text of a part of document i."""
+        return part.decode()
+
 
 class ArrowDocuments:
     """Documents of one or more Arrow string columns, one after the other; empty and null rows are left out.
 
     Args:
         columns: string or large_string columns, usually memory-mapped, so that only what is read is in memory.
+        bad_text: what becomes of a document, or a piece of a long one, that is not UTF-8, when it is drawn; a
+            byte-order mark at a document's start is left out then, too. None where the columns hold neither.
+        name: what the columns are, for messages.
+
+    Raises:
+        DataError: where a document is drawn that `bad_text` refuses.
     """
 
-    def __init__(self, columns: list[pa.ChunkedArray]):
+    def __init__(self, columns: list[pa.ChunkedArray], bad_text: BadText | None = None, name: str = ""):
+        self._bad_text, self._name = bad_text, name
         self._columns = columns
         self._first_row = np.cumsum([0] + [len(c) for c in columns])
         lengths = [pc.fill_null(pc.binary_length(c), 0).to_numpy() for c in columns]
@@ -68,7 +83,7 @@ class ArrowDocuments:
         return len(self._lengths) if self._rows is None else len(self._rows)
 
     def __getitem__(self, i: int) -> str:
-        return self._scalar(i).as_py()
+        return self.decode(i, bytes(self.raw(i)))
 
     def sizes(self) -> np.ndarray:
         """Bytes of each document, (len,) int."""
@@ -76,10 +91,20 @@ class ArrowDocuments:
 
     def raw(self, i: int) -> memoryview:
         """The document's bytes, not copied."""
-        return memoryview(self._scalar(i).as_buffer())
+        found = memoryview(self._scalar(i).as_buffer())
+        return found[len(_BOM) :] if self._bad_text and bytes(found[: len(_BOM)]) == _BOM else found
+
+    def decode(self, i: int, part: bytes) -> str:
+        """The text of a part of document i; "" where that is skipped."""
+        if self._bad_text is None:
+            return part.decode()
+        return self._bad_text.decode(part, f"{self._name}, row {self._row(i)}") or ""
+
+    def _row(self, i: int) -> int:
+        return int(i) if self._rows is None else int(self._rows[i])
 
     def _scalar(self, i: int) -> pa.Scalar:
-        row = int(i) if self._rows is None else int(self._rows[i])
+        row = self._row(i)
         column = int(np.searchsorted(self._first_row, row, side="right")) - 1
         return self._columns[column][row - int(self._first_row[column])]
 
@@ -87,15 +112,27 @@ class ArrowDocuments:
 class ProcessedDocuments:
     """Rows of a `datasets.Dataset`, made text by a function of the row; their lengths are not known beforehand."""
 
-    def __init__(self, dataset, processor):
+    def __init__(self, dataset, processor, name: str = ""):
         self._dataset = dataset
         self._processor = processor
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, i: int) -> str:
-        return self._processor(self._dataset[int(i)])
+        try:
+            return self._processor(self._dataset[int(i)])
+        except UnicodeDecodeError as error:
+            raise not_utf8(f"dataset {self._name}, row {i}", error) from error
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
+    """What to raise where `datasets` has decoded text before `BadText` could."""
+    return DataError(
+        f"{where}: not UTF-8: {error.reason} at byte {error.start}; dataloader.on_bad_text reaches the files of "
+        'dataset = "text" and what a hub data set has on disk, not this'
+    )
 
 
 class CutDocuments:
@@ -123,7 +160,7 @@ class CutDocuments:
             document, start, stop = i, 0, self._first_stop[i]
         else:
             return self._documents[i]
-        return bytes(self._documents.raw(document)[start:stop]).decode("utf-8", errors="replace")
+        return self._documents.decode(document, bytes(self._documents.raw(document)[start:stop]))
 
 
 def cut_long_documents(documents: Documents, num_streams: int) -> Documents:

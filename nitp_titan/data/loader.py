@@ -10,6 +10,7 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from nitp_titan.data.bad_text import ON_BAD_TEXT, OnBadText
 from nitp_titan.data.corpus import ShardedCorpus, open_corpus
 from nitp_titan.data.errors import DataError
 from nitp_titan.data.prefetch import Prefetcher
@@ -61,6 +62,10 @@ class TextDataLoader(BaseDataLoader):
         infinite: bool = True
         """Start again at the end of the corpus; if not, pass once through it, in its own order, padding the end."""
 
+        on_bad_text: OnBadText = "error"
+        """What becomes of a document that is not UTF-8: "error" refuses it, "replace" puts U+FFFD, "skip" leaves it
+        out. The log counts them, with file and row."""
+
         prefetch: int = 2
         """Batches prepared ahead by a background thread; 0 for none."""
 
@@ -84,6 +89,7 @@ class TextDataLoader(BaseDataLoader):
             text_field=config.text_field,
             split=config.split,
             streaming=config.streaming,
+            on_bad_text=config.on_bad_text,
         )
         # One pass needs one stream: every rank draws all of it, see RankSequences.
         self._num_streams = config.num_streams if config.infinite else 1
@@ -91,7 +97,12 @@ class TextDataLoader(BaseDataLoader):
             raise DataError(_too_few_shards(self._corpus, self._num_streams, dp_world_size))
         self._sequences_of_rank = partial(
             RankSequences,
-            encode=partial(tokenizer.encode, add_bos=True, add_eos=True),
+            encode=partial(
+                tokenizer.encode,
+                # A tokenizer of somebody else's adds what it has.
+                add_bos=getattr(tokenizer, "add_bos", True),
+                add_eos=getattr(tokenizer, "add_eos", True),
+            ),
             seq_len=seq_len,
             batch_size=local_batch_size,
             num_streams=self._num_streams,
@@ -220,6 +231,8 @@ def _to_tensors(batch: Batch) -> Item:
 
 
 def _check_options(config: TextDataLoader.Config, dp_world_size: int) -> None:
+    if config.on_bad_text not in ON_BAD_TEXT:
+        raise DataError(f"dataloader.on_bad_text = {config.on_bad_text!r}: expected one of {', '.join(ON_BAD_TEXT)}")
     for name, least in (("seed", 0), ("num_streams", 1), ("shuffle_buffer", 0), ("prefetch", 0)):
         if getattr(config, name) < least:
             raise DataError(f"dataloader.{name} = {getattr(config, name)}: expected at least {least}")

@@ -1,9 +1,14 @@
-"""A byte-level tokenizer that needs no files, for debug models and machines without a network."""
+"""A byte-level tokenizer that needs no files, for debug models and machines without a network.
+
+A tokenizer that has `add_bos` and `add_eos` says by them whether documents get its begin and end tokens.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torchtitan.components.tokenizer import BaseTokenizer
+
+from nitp_titan.data.tokenizer_folder import documents_get
 
 _NUM_BYTES = 256
 
@@ -14,18 +19,25 @@ class ByteTokenizer(BaseTokenizer):
     Called like TorchTitan's `HuggingFaceTokenizer`, so that either fits wherever a tokenizer is asked for.
 
     Args:
-        config: empty, as upstream's.
+        config: whether documents get the two special ids.
         tokenizer_path: accepted because the trainer passes it to every tokenizer; nothing is read from it.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
-        pass  # no fields: there is nothing to choose
+        add_eos: bool | None = None
+        """Whether documents get the end token; None: they do."""
+
+        add_bos: bool | None = None
+        """Whether documents get the begin token; None: they do."""
 
     def __init__(self, config: Config | None = None, *, tokenizer_path: str = ""):
         super().__init__()
         self.bos_id: int = _NUM_BYTES
         self.eos_id: int = _NUM_BYTES + 1
+        config = config or self.Config()
+        self.add_bos = documents_get("bos", config.add_bos, self.bos_id)
+        self.add_eos = documents_get("eos", config.add_eos, self.eos_id)
 
     def encode(self, text: str = "", *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Ids of the text's UTF-8 bytes, between `bos_id` and `eos_id` where asked.

@@ -48,7 +48,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
     builders = {
         "nitp": lambda: job.nitp,
         "float8": lambda: job.float8,
-        "tokenizer": lambda: _tokenizer(job),
+        "tokenizer": lambda: tokenizer_config(job),
         "dataloader": lambda: _dataloader(job, "dataloader"),
         "optimizer": lambda: _optimizer(job),
         "activation_checkpoint": lambda: _activation_checkpoint(job),
@@ -198,12 +198,13 @@ def _checkpoint(job: Job) -> Any:
     return CheckpointManager.Config(**table)
 
 
-def _tokenizer(job: Job) -> Any:
-    from torchtitan.components.tokenizer import HuggingFaceTokenizer
-
+def tokenizer_config(job: Job) -> Any:
+    """Return the configuration of the job's tokenizer."""
+    from nitp_titan.data.hf_tokenizer import TextTokenizer
     from nitp_titan.data.tokenizer import ByteTokenizer
 
-    return {"huggingface": HuggingFaceTokenizer, "byte": ByteTokenizer}[job["tokenizer"]["name"]].Config()
+    cls = {"huggingface": TextTokenizer, "byte": ByteTokenizer}[job["tokenizer"]["name"]].Config
+    return cls(**{field.name: job["tokenizer"][field.name] for field in dataclasses.fields(cls)})
 
 
 def _dataloader(job: Job, table: str) -> Any:

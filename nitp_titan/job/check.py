@@ -1,16 +1,14 @@
-"""What a job's values must agree on: NITP with the model, data with the disk, tokenizer with the vocabulary."""
+"""What a job's values must agree on: NITP and the loss with the model; and the list of all checks."""
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nitp_titan.data.files import find_text_files
 from nitp_titan.job import (
     attention,
+    data,
     experts,
     flex,
     float8,
@@ -21,15 +19,12 @@ from nitp_titan.job import (
     pipeline,
     rules,
     schedule,
+    tokenizer,
 )
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.job.models import flavors, modules
 from nitp_titan.nitp_config import NITPConfig
-
-BYTE_VOCABULARY = 258
-DATASETS = ("text", "python_stdlib", "c4", "c4_test", "c4_validation")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def check_model(draft: Draft) -> Iterator[Problem]:
@@ -127,86 +122,15 @@ def loss_name(name: str, nitp: bool) -> str:
     return "chunked_cross_entropy" if machine.torch_version() >= (2, 13) else "cross_entropy"
 
 
-def check_data(draft: Draft) -> Iterator[Problem]:
-    """The data set has a known name and its path matches something."""
-    yield from _check_data(draft, "dataloader")
-
-
-def check_validation_data(draft: Draft) -> Iterator[Problem]:
-    """The same of the validation data, where it is another."""
-    table = "validator.dataloader"
-    same = all(draft.get(table, key) == draft.get("dataloader", key) for key in ("dataset", "dataset_path"))
-    if not same or not draft.is_default(table, "dataset"):
-        yield from _check_data(draft, table)
-
-
-def _check_data(draft: Draft, table: str) -> Iterator[Problem]:
-    dataset, path = draft.get(table, "dataset"), draft.get(table, "dataset_path")
-    if path is not None and (dataset == "python_stdlib" or dataset.startswith("hub:")):
-        hint = 'did you mean dataset = "text"?'
-        yield draft.problem(table, "dataset_path", f"found {quote(path)}, which {quote(dataset)} does not read", hint)
-    if dataset.startswith("hub:"):
-        if not re.fullmatch(r"hub:[^\s/:]+/[^\s/:]+(:[^\s/:]+)?", dataset):
-            yield draft.problem(table, "dataset", f'found {quote(dataset)}, expected "hub:owner/name"')
-        return
-    if dataset not in DATASETS:
-        expected = f'expected {one_of(DATASETS)}, or "hub:owner/name"'
-        hint = did_you_mean(dataset, DATASETS)
-        if not hint and "/" in dataset:
-            hint = f'did you mean "hub:{dataset}", or dataset = "text" with dataset_path = {quote(dataset)}?'
-        yield draft.problem(table, "dataset", f"found {quote(dataset)}, {expected}", hint)
-    elif dataset == "text" and path is None:
-        yield draft.problem(
-            table, ("dataset_path", "dataset"), 'expected a file, folder or glob of text files with dataset = "text"'
-        )
-    elif dataset == "text":
-        logger = logging.getLogger("nitp_titan.data.files")
-        disabled, logger.disabled = logger.disabled, True  # its warnings are for the run
-        try:
-            find_text_files(path)
-        except ValueError as error:
-            yield draft.problem(table, ("dataset_path", "dataset"), str(error).removeprefix("dataset_path: "))
-        finally:
-            logger.disabled = disabled
-
-
-def check_vocabulary(draft: Draft) -> Iterator[Problem]:
-    """Every token has an embedding."""
-    vocabulary = draft.facts().vocab_size
-    if draft.get("tokenizer", "name") == "byte":
-        size, what = BYTE_VOCABULARY, "the byte tokenizer"
-        key, table = "name", "tokenizer"
-    else:
-        path = Path(draft.get("model", "hf_assets_path"), "tokenizer.json")
-        key, table = "hf_assets_path", "model"
-        if not path.is_file():
-            return
-        from tokenizers import Tokenizer
-
-        try:
-            # Ids may have gaps: the largest one is what the embedding must have.
-            ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
-            size, what = max(ids, default=-1) + 1, str(path)
-        except Exception as error:  # tokenizers raises Exception itself
-            yield draft.problem(table, key, f"{str(path)!r} is not a tokenizer: {error}")
-            return
-    if size > vocabulary:
-        yield draft.problem(
-            table,
-            key,
-            f"{what} has ids up to {size - 1:,}, expected less than the model's vocabulary of {vocabulary:,}",
-        )
-
-
 CHECKS = (
     check_nitp,
     check_loss,
     check_loss_chunks,
     attention.check_attention,
     float8.check_float8,
-    check_data,
-    check_validation_data,
-    check_vocabulary,
+    data.check_data,
+    data.check_validation_data,
+    tokenizer.check_tokenizer,
     hf_weights.check_hf_config,
     *layout.CHECKS,
     *flex.CHECKS,
@@ -217,21 +141,6 @@ CHECKS = (
     initial.check_enabled,
 )
 """Checks of what no machine could run; ``check_model`` comes before them."""
-
-
-def check_assets(draft: Draft) -> Iterator[Problem]:
-    """The tokenizer's files are there; they may be still to be downloaded when a job is checked."""
-    draft.get("model", "flavor")  # an unknown flavor's defaults, the tokenizer among them, are unknown too
-    if draft.get("tokenizer", "name") != "huggingface":
-        return
-    folder = draft.get("model", "hf_assets_path")
-    if not folder:
-        yield draft.problem(
-            "model", "hf_assets_path", "expected the folder of a tokenizer.json", 'or set tokenizer.name = "byte"'
-        )
-    elif not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
-        missing = "has no tokenizer.json" if Path(folder).is_dir() else "does not exist"
-        yield draft.problem("model", "hf_assets_path", f"found {quote(folder)}, which {missing}")
 
 
 def check_output(draft: Draft) -> Iterator[Problem]:
@@ -251,7 +160,7 @@ def check_output(draft: Draft) -> Iterator[Problem]:
 
 
 MACHINE_CHECKS = (
-    check_assets,
+    tokenizer.check_assets,
     hf_weights.check_hf_files,
     check_output,
     rules.check_device,

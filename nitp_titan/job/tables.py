@@ -49,6 +49,21 @@ class TokenizerTable:
     name: Literal["huggingface", "byte"] = "huggingface"
     """"huggingface" reads model.hf_assets_path; "byte" is built in and needs no download."""
 
+    eos_token: str | None = None
+    """Token that ends a document, such as "<|endoftext|>". Unset: the one that the tokenizer's files name."""
+
+    bos_token: str | None = None
+    """Token that begins a document. Unset: the one that the tokenizer's files name."""
+
+    add_eos: bool | None = None
+    """Whether documents get the end token. Unset: where there is one."""
+
+    add_bos: bool | None = None
+    """Whether documents get the begin token. Unset: where there is one."""
+
+    allow_special_in_text: bool = False
+    """Text in a document that reads as a special token becomes that token; if not, it is plain text."""
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerTable:
@@ -155,6 +170,9 @@ class DataloaderTable:
 
     infinite: bool = True
     """Start over at the end of the data; if not, one pass in its own order."""
+
+    on_bad_text: Literal["error", "replace", "skip"] = "error"
+    """A document that is not UTF-8: "error" refuses it, "replace" puts U+FFFD, "skip" leaves it out, both counted."""
 
     prefetch: int = 2
     """Batches prepared ahead by a thread; 0 = none."""

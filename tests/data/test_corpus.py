@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 
 import datasets
 import pyarrow as pa
@@ -81,9 +82,9 @@ def test_jsonl_lines_need_not_agree_on_other_fields(tmp_path, streaming):
     write(
         tmp_path / "a.jsonl", lines({"body": "1", "meta": {"a": 1}}, {"body": "2", "meta": {"b": [1]}, "z": 1}) + "\n"
     )
-    write(tmp_path / "b.jsonl", lines({"q": 1, "body": "3"}, {"body": "2020-01-01"}, {"body": "\ud800"}))
+    write(tmp_path / "b.jsonl", lines({"q": 1, "body": "3"}, {"body": "2020-01-01"}))
     corpus = open_corpus("text", str(tmp_path), text_field="body", streaming=streaming)
-    assert texts(corpus) == ["1", "2", "3", "2020-01-01", "?"]
+    assert texts(corpus) == ["1", "2", "3", "2020-01-01"]
 
 
 def test_jsonl_of_dates_is_text(tmp_path):
@@ -130,6 +131,8 @@ def test_bad_files_are_named_with_the_line(tmp_path, streaming, name, content, m
     [
         ({"Text": ["x"]}, r"b\.parquet: no field 'text'.*'Text'.*mean 'Text'"),
         ({"text": [1]}, r"b\.parquet, row 0: 'text' holds int64"),
+        ({"text": [b"x"]}, r"b\.parquet, row 0: 'text' holds binary"),
+        ({"text": pa.array(["x", None]).dictionary_encode()}, r"b\.parquet, row 1: 'text' holds null"),
         ({"text": ["x", "y", None]}, r"b\.parquet, row 2: 'text' holds null"),
     ],
 )
@@ -205,3 +208,104 @@ def test_hub_errors():
         open_corpus("hub:me/mine")
     with pytest.raises(ValueError, match="expected hub:owner/name"):
         open_corpus("hub:mine")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_forms_of_text_in_parquet(tmp_path, streaming, kind):
+    rows = ["a", "b", "a", "", "é" * 5000, "a"]
+    column = pa.array(rows)
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    parquet(tmp_path / "a.parquet", {"text": column, "n": range(6)})
+    assert pq.read_schema(tmp_path / "a.parquet").field("text").type == kind
+    assert texts(open_corpus("text", str(tmp_path), streaming=streaming)) == list(filter(None, rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_are_found_by_their_whole_name(tmp_path, streaming):
+    nested = pa.array([{"b": "nested"}])
+    pq.write_table(pa.table([nested, ["flat"]], names=["a", "a.b"]), tmp_path / "a.parquet")
+    assert texts(open_corpus("text", str(tmp_path), text_field="a.b", streaming=streaming)) == ["flat"]
+    twice = pa.table([pa.array(["x"]), pa.array(["y"]), pa.array([1])], names=["text", "text", "n"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: 2 columns are named 'text'.*expected one"):
+        open_corpus("text", str(tmp_path), streaming=streaming)
+
+
+NAMES = [
+    "a::b",
+    "zip::x.y",
+    "s3:",
+    "a b",
+    "[1]*?",
+    "100%",
+    "ü",
+    "#?&=",
+    "'\"",
+    "\\",
+    "-rf",
+    "~",
+    "line\nbreak",
+    "é" * 99,
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_names_are_names(tmp_path, streaming):
+    for number, name in enumerate(NAMES):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.txt").write_text(f"txt {number}")
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines({"text": f"json {number}"}).encode()))
+        parquet(folder / f"{name}.parquet", {"text": [f"row {number}"]})
+        expected = {f"{kind} {number}" for kind in ("txt", "json", "row")}
+        assert set(texts(open_corpus("text", str(folder), streaming=streaming))) == expected
+        one = str(folder / f"{name}.parquet")
+        assert texts(open_corpus("text", one, streaming=streaming)) == [f"row {number}"]
+    assert len(texts(open_corpus("text", str(tmp_path), streaming=streaming))) == 3 * len(NAMES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_are_not_utf8(tmp_path, streaming):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/\xe9.jsonl", "wb") as file:
+        file.write(b'{"text": "good"}\n{"text": "\xe9"}\n')
+    found = texts(open_corpus("text", str(tmp_path), streaming=streaming, on_bad_text="skip"))
+    assert found == ["good"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "record",
+    ["[" * 100_000, '{"text": "x", "n": ' + "1" * 5000 + "}", '{"text": "x"', "NaN", '{"text": "x"} {"text": "y"}'],
+    ids=["deep", "long number", "cut", "no object", "two on a line"],
+)
+def test_lines_that_are_no_records(tmp_path, streaming, record):
+    write(tmp_path / "a.jsonl", lines({"text": "x"}) + record + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
+        texts(open_corpus("text", str(tmp_path), streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_line_ends_and_unusual_lines(tmp_path, streaming):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\r\n{"text": "a\\u2028b\xe2\x80\xa8c"}\r\n \t\n{"text": "d", "text": "e"}')
+    assert texts(open_corpus("text", str(tmp_path), streaming=streaming)) == [
+        "one\ntwo\nthree\n",
+        "a\u2028b\u2028c",
+        "e",
+    ]
+
+
+def test_memory_and_streaming_hold_the_same_in_the_same_order(folder):
+    in_memory, streamed = (texts(open_corpus("text", str(folder), streaming=how)) for how in (False, True))
+    assert in_memory == streamed == EXPECTED
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", ""), ("a.jsonl", ""), ("a.jsonl", '\n\n{"text": ""}\n')])
+def test_streaming_nothing_but_empty(tmp_path, name, content):
+    write(tmp_path / name, content)
+    parquet(tmp_path / "b.parquet", {"text": pa.array([], type=pa.string())})
+    with pytest.raises(ValueError, match="no document with text"):
+        open_corpus("text", str(tmp_path), streaming=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job.check import BYTE_VOCABULARY, DATASETS
+from nitp_titan.job.data import DATASETS
+from nitp_titan.job.tokenizer import BYTE_VOCABULARY
 
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
 STOCK = ["--nitp.no-enable"]

@@ -94,7 +94,8 @@ def test_inline_table_has_the_line_of_its_table(tmp_path):
         ("[zzz]", "job.toml:1: [zzz]: unknown table; the tables are " + ", ".join(all_tables())),
         ("[nitp]\nlambda = 1.0", 'job.toml:2: [nitp] lambda: unknown key; did you mean "weight"?'),
         ("[optimizer]\nlearning_rate = 1.0", 'job.toml:2: [optimizer] learning_rate: unknown key; did you mean "lr"?'),
-        ("[tokenizer]\nzzz = 1", "job.toml:2: [tokenizer] zzz: unknown key; the keys are name"),
+        ("[tokenizer]\nzzz = 1", "job.toml:2: [tokenizer] zzz: unknown key; the keys are name, eos_token, "
+         "bos_token, add_eos, add_bos, allow_special_in_text"),
         ("[[training]]\nsteps = 1", "job.toml:1: [training]: found [[training]], a list of tables, expected a table"),
         ("training = 3", "job.toml:1: [training]: found 3, expected a table"),
         ("[validator]\ndataloader = 3", "job.toml:2: [validator.dataloader]: found 3, expected a table"),
