@@ -116,7 +116,7 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
-            if not trainer.steps_run:
+            if not trainer.steps_run and not trainer.out_of_data:
                 logger.warning(
                     f"Nothing to train: {run_folder} is at step {trainer.step} of {config.training.steps}. "
                     "Set more training.steps, or another job.dump_folder"

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torchtitan.components.checkpointer import BaseCheckpointManager
+from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils as tools
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint import CheckpointManager
@@ -34,7 +36,8 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 class NITPTrainer(Trainer):
     """TorchTitan's trainer; ``config.nitp`` turns its decoder into the NITP twin.
 
-    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``steps_run`` counts this process's steps.
+    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``steps_run`` counts this process's steps;
+    ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step.
 
     Raises:
         ValueError: the configuration asks for what does not go with NITP; the message says what.
@@ -58,6 +61,7 @@ class NITPTrainer(Trainer):
         self.nitp = config.nitp
         self.steps_run = 0
         self._copies = CopiesWithoutWaiting()
+        self.out_of_data = False
         _check_vocabulary(self.tokenizer, self.model_config)
         self.geometry = HiddenStateGeometry(self.parallel_dims)
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
@@ -66,13 +70,23 @@ class NITPTrainer(Trainer):
         if self.parallel_dims.pp_enabled:
             isolate_rehearsal(self.pp_schedule, self._rehearsing)
 
+    def train(self) -> None:
+        """Train as TorchTitan does; where the data end before ``training.steps``, the step before is the last one."""
+        super().train()
+        if not self.out_of_data:
+            return
+        saved = self.steps_run > 0 and self.checkpointer.save(self.step, last_step=True)
+        logger.info(
+            f"The data have ended (dataloader.infinite = false): step {self.step} of {self.config.training.steps} "
+            f"was the run's last one{', and its checkpoint is saved' if saved else ''}"
+        )
+
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
+        batches = self._batches_of_step(data_iterator)
         if not self.steps_run:
             self._take_scheduled_rates()
         self.steps_run += 1
-        num_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
-        batches = [next(data_iterator) for _ in range(num_batches)]
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)
         if self.metrics_processor.should_log(self.step):
@@ -92,6 +106,25 @@ class NITPTrainer(Trainer):
         for scheduler in self.lr_schedulers:
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
+
+    def _batches_of_step(self, data_iterator: Iterator[Batch]) -> list[Batch]:
+        num_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        one_pass = not getattr(self.config.dataloader, "infinite", True)
+        before = self.dataloader.state_dict() if one_pass else {}
+        batches = []
+        try:
+            for _ in range(num_batches):
+                batches.append(next(data_iterator))
+        except DataloaderExhaustedError:
+            # TorchTitan has counted this step, and does not take it. What was drawn for it has not been trained on.
+            self.step -= 1
+            self.out_of_data = True
+            if one_pass:
+                self.dataloader.load_state_dict(before)
+            if batches:
+                logger.warning(f"{len(batches)} of {num_batches} micro-batches were left over, too few for a step")
+            raise
+        return batches
 
     def _begin_nitp_step(self, batches: list[Batch]) -> None:
         active = self.step >= self.nitp.start_step

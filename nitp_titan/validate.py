@@ -12,6 +12,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from nitp_titan.data.errors import DataError
 from nitp_titan.loss import JointLoss
 from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
 from nitp_titan.pairs import context_shard, counted
@@ -29,8 +30,27 @@ class Validator(upstream.Validator):
         super().__init__(config, **kwargs)
         self._pairs: torch.Tensor | None = None
         self._active = False
+        self._try_data()
         if isinstance(self.loss_fn, JointLoss):
             self.metrics_processor.validation_sources.append(self._losses)
+
+    def _try_data(self) -> None:
+        """Draw a batch, since TorchTitan opens the validation data when it first validates, hours into a run.
+
+        Raises:
+            DataError: the data cannot be opened, or hold nothing to validate on.
+        """
+        loader = self.dl_config.build(
+            dp_world_size=self.dp_world_size,
+            dp_rank=self.dp_rank,
+            tokenizer=self.tokenizer,
+            seq_len=self.seq_len,
+            local_batch_size=self.local_batch_size,
+        )
+        batches = iter(loader)
+        if next(batches, None) is None:
+            name = self.dl_config.dataset_path or self.dl_config.dataset
+            raise DataError(f"validator.dataloader: {name} has no text of two tokens to validate on")
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Take the mean losses over the validation batches; of batches in which no label counts they are zero."""
