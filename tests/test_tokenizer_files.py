@@ -179,3 +179,29 @@ def test_other_ids_than_trainings_are_refused(assets, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(TokenizerError, match=r"the exported tokenizer gives .* for 'The quick"):
         write_tokenizer(Shouting(tokenizer_path=str(assets)), assets, tmp_path / "out")
+
+
+def test_what_training_did_not_obey_is_not_exported(assets, tmp_path):
+    stored = Tokenizer.from_file(str(assets / "tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=64)
+    stored.save(str(assets / "tokenizer.json"))
+    ours = TextTokenizer(tokenizer_path=str(assets))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, assets, tmp_path / "out")
+    text = "the other thing " * 40 + "é漢"
+    assert loaded(tmp_path / "out")(text)["input_ids"] == ours.encode(text)
+    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert exported.encode(text).ids == ours.encode(text)
+    assert (exported.truncation, exported.padding) == (None, None)
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer_config": {"eos_token": None}}, {"special_tokens_map": {}}])
+def test_the_jobs_tokens_are_exported(assets, tmp_path, files):
+    for stem, content in files.items():
+        (assets / f"{stem}.json").write_text(json.dumps(content | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    ours = TextTokenizer(TextTokenizer.Config(eos_token="<|end|>", bos_token="th"), tokenizer_path=str(assets))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, assets, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (ours.eos_id, ours.bos_id) == (257, 256)

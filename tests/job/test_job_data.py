@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.test_hf_tokenizer import CONFIG, write
 from tests.job.test_job_check import problems
 
 GOOD = b'{"text": "x"}\n' * 20
@@ -98,3 +101,18 @@ def test_a_look_takes_no_longer_for_much_data(tmp_path):
     begin = time.perf_counter()
     assert problems(tmp_path, *words(tmp_path)) == []
     assert time.perf_counter() - begin < 1.0
+
+
+def test_a_look_imports_neither_torch_nor_datasets(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD))
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
+    folder = write(tmp_path / "tokenizer", tokenizer_config=CONFIG)
+    options = [*words(tmp_path, "--tokenizer.name=huggingface"), f"--model.hf_assets_path={folder}"]
+    code = (
+        "import sys\nfrom nitp_titan.job import load_job\nfrom nitp_titan.explain import explain\n"
+        f"print(explain(load_job(None, {options}, 1)))\n"
+        "print([name for name in ('torch', 'datasets', 'torchtitan') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "documents begin with" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
