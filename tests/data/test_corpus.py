@@ -309,3 +309,12 @@ def test_streaming_nothing_but_empty(tmp_path, name, content):
     parquet(tmp_path / "b.parquet", {"text": pa.array([], type=pa.string())})
     with pytest.raises(ValueError, match="no document with text"):
         open_corpus("text", str(tmp_path), streaming=True)
+
+
+def test_blank_lines_have_no_number(tmp_path):
+    write(tmp_path / "a.jsonl", "\n" + lines({"text": "a"}) + "\n\n" + lines({"text": ""}, {"text": "b"}) + "\n")
+    corpus = open_corpus("text", str(tmp_path), streaming=True)
+    whole = list(corpus.read(0, 0))
+    assert whole == ["a", "", "b"]
+    for start in range(5):
+        assert list(corpus.read(0, start)) == whole[start:]
