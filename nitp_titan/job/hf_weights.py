@@ -113,21 +113,15 @@ def _check_quantization(draft: Draft, model: ModelFacts, file: Path, values: dic
 
 
 def check_hf_files(draft: Draft) -> Iterator[Problem]:
-    """Weights and their config.json are there; they may be still to be downloaded when a job is checked."""
+    """The weights are whole and have a config.json; they may be still to be downloaded when a job is checked.
+
+    :mod:`nitp_titan.job.initial` says it where there are none.
+    """
     found = folder_of(draft)
-    if found is None:
+    if found is None or not any(Path(found[2]).glob("*.safetensors")):
         return
     table, keys, path = found
     folder = Path(path)
-    if not path or not folder.is_dir():
-        what = "which is not a folder" if path else "expected the folder of weights with initial_load_in_hf = true"
-        yield draft.problem(table, keys, f"found {quote(path)}, {what}")
-        return
-    if not any(folder.glob("*.safetensors")):
-        other = next((path.name for path in folder.glob("*.bin")), "")
-        hint = f"convert {other} to safetensors" if other else ""
-        yield draft.problem(table, keys, f"found {quote(path)}, which has no *.safetensors", hint)
-        return
     if not (folder / CONFIG).is_file():
         message = f"found {quote(path)}, which has no {CONFIG} to compare the model with"
         yield draft.problem(table, keys, message, f"put the {CONFIG} of its weights there")

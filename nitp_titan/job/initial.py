@@ -77,7 +77,9 @@ def _check_start(draft: Draft) -> Iterator[Problem]:
         return
     safetensors = any(place.glob("*.safetensors"))
     if in_hf and not safetensors:
-        yield draft.problem(table, key, f"{found}, which has no .safetensors file")
+        other = next((file.name for file in place.glob("*.bin")), "")
+        hint = f"convert {other} to safetensors" if other else ""
+        yield draft.problem(table, key, f"{found}, which has no .safetensors file", hint)
     if in_hf or (place / ".metadata").is_file():
         return
     hint = "set initial_load_in_hf = true for Hugging Face's safetensors" if safetensors else ""
