@@ -166,7 +166,7 @@ MACHINE_CHECKS = (
     rules.check_device,
     rules.check_wandb,
     initial.check_files,
-    rules.check_selective_checkpointing,
+    rules.check_compiled_checkpointing,
     experts.check_exchange,
     float8.check_device,
 )

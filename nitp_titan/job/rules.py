@@ -262,16 +262,16 @@ def check_wandb(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("metrics", "enable_wandb", message, "pip install wandb")
 
 
-def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:
-    """torch 2.13 fails on compiled blocks that are sharded and selectively checkpointed, with and without NITP.
+def check_compiled_checkpointing(draft: Draft) -> Iterator[Problem]:
+    """torch 2.13 fails on compiled blocks that are sharded and checkpointed, with and without NITP.
 
-    Seen on a CPU, where torch 2.15 does it; not tried on a GPU.
+    Seen on a CPU, where torch 2.15 does it (selectively); not tried on a GPU.
     """
-    selective = draft.get("activation_checkpoint", "mode") == "selective"
+    mode = draft.get("activation_checkpoint", "mode")
     sharded = draft.get("parallelism", "tensor_parallel_degree") > 1
     if (
         draft.compiles_blocks()
-        and selective
+        and mode in ("selective", "full")
         and sharded
         and machine.torch_version() == (2, 13)
         and not machine.has_gpu()
@@ -279,6 +279,5 @@ def check_selective_checkpointing(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(
             "activation_checkpoint",
             "mode",
-            'found "selective", expected "full" or "none" for compiled blocks under tensor parallelism with torch 2.13 '
-            "on a CPU",
+            f'found {quote(mode)}, expected "none" for compiled blocks under tensor parallelism with torch 2.13 on a CPU',
         )

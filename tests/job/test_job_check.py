@@ -328,12 +328,13 @@ def test_constants_are_the_data_packages():
     assert tuple(dataset_names()) == DATASETS
 
 
-def test_compiled_blocks_under_tensor_parallelism_are_not_selectively_checkpointed_by_torch_2_13(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_blocks_under_tensor_parallelism_are_not_checkpointed_by_torch_2_13(tmp_path, monkeypatch, mode):
     layout = ["--parallelism.tensor_parallel_degree=2", "--compile.enable", "--training.local_batch_size=1"]
-    selective = [*layout, "--activation_checkpoint.mode=selective"]
-    [problem] = problems(tmp_path, *selective, ranks=2, for_training=True)
-    assert 'mode: found "selective", expected "full" or "none" for compiled blocks under tensor' in problem
-    assert problems(tmp_path, *selective, ranks=2) == []  # a warning there
-    assert problems(tmp_path, *layout, "--activation_checkpoint.mode=full", ranks=2, for_training=True) == []
+    checkpointed = [*layout, f"--activation_checkpoint.mode={mode}"]
+    [problem] = problems(tmp_path, *checkpointed, ranks=2, for_training=True)
+    assert f'mode: found "{mode}", expected "none" for compiled blocks under tensor' in problem
+    assert problems(tmp_path, *checkpointed, ranks=2) == []  # a warning there
+    assert problems(tmp_path, *layout, "--activation_checkpoint.mode=none", ranks=2, for_training=True) == []
     monkeypatch.setattr(machine, "torch_version", lambda: (2, 15))
-    assert problems(tmp_path, *selective, ranks=2, for_training=True) == []
+    assert problems(tmp_path, *checkpointed, ranks=2, for_training=True) == []
