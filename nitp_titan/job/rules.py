@@ -279,5 +279,6 @@ def check_compiled_checkpointing(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(
             "activation_checkpoint",
             "mode",
-            f'found {quote(mode)}, expected "none" for compiled blocks under tensor parallelism with torch 2.13 on a CPU',
+            f'found {quote(mode)}, expected "none" for compiled blocks under tensor parallelism with torch 2.13 '
+            "on a CPU",
         )

@@ -16,7 +16,7 @@ from tests.distributed.parity import References, compare, config_of
 
 # Of a hundred seeds the one whose twelve have most in them, tensor parallelism without expert parallelism around a
 # mixture included. Not TorchTitan's mixtures: their experts in bfloat16 take minutes a layout on a CPU.
-TRAINED = drawn(13, 12, ranks=(2, 4), models=("debug", "debug_moe", "llama3", "qwen3"))
+TRAINED = drawn(41, 12, ranks=(2, 4), models=("debug", "debug_moe", "llama3", "qwen3"))
 
 SIXTY = drawn(8, 60)
 """Those of ``drawn_layouts.md``."""
