@@ -162,11 +162,16 @@ def _word(name: str, value: Any) -> list[str]:
 
 HEADER = """# Layouts drawn at random
 
-Made with torch {torch} by `python -m tests.distributed.drawn --seed {seed} --count {count} --out {out}`:
-the first {count} layouts of that seed that `nitp-titan check` accepts, each trained for six steps on gloo ranks and compared
-with one process, as `tests/distributed/parity.py` says. The numbers are the largest relative differences: of total, NTP and NITP loss, of both figures of the geometry and of the gradient's norm, in the first
-step and in the five after it; of the validation; and of the worst parameter's gradient in the first step, as the norm
-of the error over the gradient's. TorchTitan's mixtures (qwen3_moe, deepseek_v3) compute their experts in bfloat16.
+Made with torch {torch} by
+
+    python -m tests.distributed.drawn --seed {seed} --count {count} --out {out}
+
+The first {count} layouts of that seed that `nitp-titan check` accepts were each trained for six steps on gloo ranks
+and compared with one process, as `tests/distributed/parity.py` says. The numbers are the largest relative differences:
+of total, NTP and NITP loss, of both figures of the geometry and of the gradient's norm, in the first step and in the
+five after it; of the validation; of the gradients of the first step the worst parameter's, as the norm of the error
+over the gradient's. The last column says what is beyond its tolerance. TorchTitan's mixtures (qwen3_moe, deepseek_v3)
+compute their experts in bfloat16.
 
 | | layout | losses, first | later | geometry, first | later | norm, first | later | validation | gradient | of | |
 |---|---|---|---|---|---|---|---|---|---|---|---|
