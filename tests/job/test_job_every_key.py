@@ -32,10 +32,14 @@ model: module=qwen3,flavor=debugmodel,dataloader.dataset=c4 flavor=debug_moe att
 model.shape: dim=64,head_dim=16 n_layers=3 n_heads=8 n_kv_heads=1 head_dim=16 hidden_dim=64 vocab_size=512
 model.shape: max_seq_len=512 rope_theta=5e5 norm_eps=1e-5 init_std=0.1 tie_embeddings=true
 model.shape: num_experts=4,top_k=2,expert_hidden_dim=64
+model.flex_kernel_options: fwd_BLOCK_M=64 fwd_BLOCK_N=64 fwd_num_warps=4 fwd_num_stages=2
+model.flex_kernel_options: bwd_BLOCK_M1=64 bwd_BLOCK_N1=64 bwd_BLOCK_M2=64 bwd_BLOCK_N2=64
+model.flex_kernel_options: bwd_num_warps=4 bwd_num_stages=2
+tokenizer: add_bos=false add_eos=false
 nitp: enable=false weight=0.5 target_layer=3 projector=none projector_ratio=2 loss=mse shift=0 stop_gradient=false
 nitp: start_step=7 geometry_freq=7
 float8: recipe=rowwise,emulate=true
-dataloader: dataset=c4_test seed=7 num_streams=8 infinite=false prefetch=0
+dataloader: dataset=c4_test seed=7 num_streams=8 infinite=false prefetch=0 on_bad_text=skip
 training: local_batch_size=4 global_batch_size=16 seq_len=128 max_norm=2.0 steps=150 enable_cpu_offload=true
 training: disable_cuda_graphs=false dtype=bfloat16 mixed_precision_param=bfloat16 gc_freq=7 gc_debug=true
 optimizer: name=Adam lr=0.1 beta1=0.5 beta2=0.5 eps=0.1 weight_decay=0.2 implementation=for-loop
@@ -58,6 +62,10 @@ override: imports=a.b
 # A key that acts only together with others: the words with which it does.
 NEEDS: dict[str, list[str]] = {
     "model: hf_assets_path=x": ["--tokenizer.name=huggingface"],
+    "tokenizer: eos_token=x bos_token=x allow_special_in_text=true": [
+        "--tokenizer.name=huggingface", "--model.hf_assets_path=x",
+    ],
+    "validator.dataloader: on_bad_text=skip": VALIDATES,
     "model.shape: top_k=1 expert_hidden_dim=64 num_shared_experts=2 n_dense_layers=2": MOE,
     "model.shape: router_score_func=sigmoid router_norm=false load_balance_coeff=0.1": MOE,
     "float8: experts=true": [*MOE, "--float8.recipe=rowwise", "--float8.emulate"],

@@ -112,8 +112,8 @@ def test_sizes_of_an_unknown_decoder_are_compared_and_the_rest_is_said(tmp_path)
 
 
 MISSING = {
-    "which is not a folder": (),
-    "which has no *.safetensors; convert pytorch_model.bin to safetensors": ("config.json", "pytorch_model.bin"),
+    "which does not exist": (),
+    "which has no .safetensors file; convert pytorch_model.bin to safetensors": ("config.json", "pytorch_model.bin"),
     "which has no config.json to compare the model with": ("model.safetensors",),
     "names model-2.safetensors, which is not there": ("config.json", "model-1.safetensors", "index"),
 }
@@ -136,7 +136,7 @@ def test_what_may_still_be_downloaded_is_a_warning_of_check_and_an_error_of_a_ru
 
 def test_a_folder_must_be_named(tmp_path):
     found = problems(*words(tmp_path), for_training=True)
-    assert 'found "", expected the folder of weights with initial_load_in_hf = true' in found[0]
+    assert "found true, which needs an initial_load_path or a model.hf_assets_path" in found[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"model_type": "llama"}', "\xff"])

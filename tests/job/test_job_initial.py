@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nitp_titan.job import JobError, load_job
+from nitp_titan.job.build import model_spec
 from nitp_titan.job.initial import latest_step
+from nitp_titan.models.hf import hf_config
 
 
 def problems(*overrides: str, for_training: bool = True) -> list[str]:
@@ -86,7 +90,14 @@ def test_hugging_faces_weights(checkpoint, tmp_path):
     (tmp_path / "hf").mkdir()
     [problem] = start(tmp_path / "hf", "--checkpoint.initial_load_in_hf")
     assert "which has no .safetensors file" in problem
+    (tmp_path / "hf" / "pytorch_model.bin").touch()
+    [problem] = start(tmp_path / "hf", "--checkpoint.initial_load_in_hf")
+    assert "convert pytorch_model.bin to safetensors" in problem
     (tmp_path / "hf" / "model.safetensors").touch()
+    [problem] = start(tmp_path / "hf", "--checkpoint.initial_load_in_hf")
+    assert "which has no config.json to compare the model with" in problem
+    spec = model_spec("nitp_titan", "debug", "flex")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(hf_config(spec.model)))
     assert start(tmp_path / "hf", "--checkpoint.initial_load_in_hf") == []
     in_assets = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf", f"--job.dump_folder={tmp_path / 'run'}"]
     [problem] = problems(*in_assets)
