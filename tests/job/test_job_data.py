@@ -33,7 +33,7 @@ def words(path, *more: str, table: str = "dataloader") -> list[str]:
         ("a.jsonl", b'{"text": "x"\n', "a.jsonl, line 1: not a JSON object"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl, line 1 is not UTF-8"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz cannot be read, at byte"),
-        ("a.jsonl.gz", gzip.compress(b"")[:7], "a.jsonl.gz breaks off at byte 7"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:7], "a.jsonl.gz breaks off at byte 7"),
         ("a.txt.zst", b"", "a.txt.zst breaks off at byte 0"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
         ("a.txt", b"", "which has no document with text in it"),
@@ -104,7 +104,7 @@ def test_a_look_takes_no_longer_for_much_data(tmp_path):
 
 
 def test_a_look_imports_neither_torch_nor_datasets(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD, mtime=0))
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
     folder = write(tmp_path / "tokenizer", tokenizer_config=CONFIG)
     options = [*words(tmp_path, "--tokenizer.name=huggingface"), f"--model.hf_assets_path={folder}"]
