@@ -9,8 +9,8 @@ import torch
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.trainer import Trainer
 
-from nitp_titan.dtensors import local
-from nitp_titan.metrics import TOTAL
+from nitp_titan.nitp.dtensors import local
+from nitp_titan.runs.tags import TOTAL
 
 
 class _Kept(BaseLogger):

@@ -83,7 +83,7 @@ steps() { echo --steps 5 --warmup 3 --repeats "$1"; }
 
 # 1. Does it compute what a CPU does: products added in fp32, a compiled step of each debug model.
 step first 100 pytest "${gpu_tests[@]}" -n 4 -k "in_fp32 or compiled_in_float32" \
-    tests/test_weight_gradient.py tests/test_linear_cross_entropy.py tests/test_devices.py
+    tests/nitp/test_weight_gradient.py tests/titan/test_loss_head.py tests/titan/test_devices.py
 
 # 2. The 0.5B model: next-token prediction, NITP, stock TorchTitan, and where a step's time goes; without recomputation,
 # with MTP-1.
@@ -117,8 +117,8 @@ step second-throughput-0.5b-whole 40 benchmarks.throughput --config $small --var
 step third-throughput-0.5b-float8 100 benchmarks.throughput --config $small --variants nitp $(steps 3) \
     --variant nitp_float8:float8.recipe=tensorwise --variant nitp_float8_rowwise:float8.recipe=rowwise \
     --out "$out/throughput-0.5b-float8.json" $four $none
-step third-gpu-tests 100 pytest "${gpu_tests[@]}" -n 4 tests/test_devices.py tests/test_weight_gradient.py \
-    tests/test_linear_cross_entropy.py tests/float8/test_float8_experts.py tests/benchmarks/test_bench_kernels.py
+step third-gpu-tests 100 pytest "${gpu_tests[@]}" -n 4 tests/titan/test_devices.py tests/nitp/test_weight_gradient.py \
+    tests/titan/test_loss_head.py tests/float8/test_float8_experts.py tests/benchmarks/test_bench_kernels.py
 
 # With time to spare: torch's own tiles of flex attention for head dim 160 against ours, the other switches, the smoke
 # job. CUDA graphs: torch >= 2.13; a graph keeps its memory to itself: with fewer sequences all variants fit.

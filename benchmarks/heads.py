@@ -22,10 +22,10 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module
 
 from benchmarks.batches import packed_batch
-from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.models.flavors import Shape
 from nitp_titan.models.registry import decoder_config, model_registry
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.titan.spec import nitp_model_spec
 
 
 class Unavailable(Exception):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.variants import NEVER, Variant
-from nitp_titan.configs import retyped
-from nitp_titan.costs import flops, mtp_flops, nitp_flops
 from nitp_titan.job import Job, load_job
-from nitp_titan.job.check import loss_name
-from nitp_titan.report import parts_of_job
+from nitp_titan.job.loss_name import loss_name
+from nitp_titan.models.costs import flops, mtp_flops, nitp_flops
+from nitp_titan.titan.retyped import retyped
+from nitp_titan.tools.estimate.parts import parts_of_job
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks import results
 from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
 from benchmarks.measure import DeviceClock, Spread, overhead_by_round, overhead_of_medians, take_turns_or_drop_out
-from nitp_titan.nitp_config import CHUNK_TOKENS
+from nitp_titan.nitp.config import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rich.table import Table

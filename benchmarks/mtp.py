@@ -7,7 +7,7 @@ norm, and the shared unembedding predicts the token after next:
     tokens -> embeddings -> blocks -> h -> final norm -> unembedding                         -> sum over next labels
               embeddings, shifted left, and h -> projection -> block -> norm -> unembedding  -> sum over those after
 
-It takes NITP's place in every respect: both sums come from the unembedding of ``nitp_titan.linear_cross_entropy``, a
+It takes NITP's place in every respect: both sums come from the unembedding of ``nitp_titan.titan.loss_head``, a
 chunk of tokens at a time, and the trainer is ours. TorchTitan's own MTP decoder holds both whole: at the paper's
 vocabulary and 65,536 tokens 20 GB each in bf16, before the loss.
 """
@@ -33,12 +33,12 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.deepseek_v3.mtp import MTPTransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
 
-from nitp_titan.chunked_sum import ChunkedSum
-from nitp_titan.configs import retyped
-from nitp_titan.linear_cross_entropy import loss_head_config
-from nitp_titan.nitp_config import CHUNK_TOKENS
-from nitp_titan.objective import next_token_mask, shift_left
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.nitp.chunked_sum import ChunkedSum
+from nitp_titan.nitp.config import CHUNK_TOKENS
+from nitp_titan.nitp.objective import next_token_mask, shift_left
+from nitp_titan.titan.loss_head import loss_head_config
+from nitp_titan.titan.retyped import retyped
+from nitp_titan.training.trainer import NITPTrainer
 
 
 def labels_after_next(labels_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nitp_titan.costs import flops, nitp_flops, parts_of_shape, projector_params
+from nitp_titan.models.costs import flops, nitp_flops, parts_of_shape
 from nitp_titan.models.flavors import CONTEXT, FLAVORS
-from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
+from nitp_titan.nitp.config import CHUNK_TOKENS, NITPConfig, projector_params
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,7 +17,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.training.trainer import NITPTrainer
 
 
 def stock_config(config: NITPTrainer.Config) -> Trainer.Config:

@@ -11,7 +11,7 @@ from benchmarks.depth import Slice, extrapolate
 from benchmarks.jobs import Entry
 from benchmarks.measure import Spread, overhead_by_round, overhead_of_medians, overhead_percent
 from benchmarks.variants import BASELINE
-from nitp_titan.memory import GIB
+from nitp_titan.tools.estimate.memory import GIB
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,7 +29,7 @@ from benchmarks.measure import DeviceClock
 from benchmarks.summary import summarize, table
 from benchmarks.variants import BASELINE, VARIANTS, Variant, choose
 from nitp_titan.job import JobError
-from nitp_titan.job.read import split_command_line
+from nitp_titan.job.reading.command_line import split_command_line
 from nitp_titan.train import build, launch_alone
 
 

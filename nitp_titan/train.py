@@ -14,24 +14,12 @@ from typing import TYPE_CHECKING
 
 from nitp_titan.data.errors import DataError
 from nitp_titan.job import Job, JobError, Problem, load_job
+from nitp_titan.job.reading.command_line import split_config_file
 
 if TYPE_CHECKING:
-    from nitp_titan.trainer import NITPTrainer
+    from nitp_titan.training.trainer import NITPTrainer
 
 USAGE = "usage: python -m nitp_titan.train --job.config_file FILE [--table.key value ...]"
-CONFIG_FILE = "--job.config_file"
-
-
-def split_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Take ``--job.config_file FILE`` (or ``=FILE``; the last counts) out of the arguments; return it and the rest."""
-    file, rest, words = None, [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name.replace("-", "_") == CONFIG_FILE.replace("-", "_"):
-            file = value if equals else next(words, None)
-        else:
-            rest.append(word)
-    return file or None, rest
 
 
 def main(arguments: list[str] | None = None) -> int:

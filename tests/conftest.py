@@ -20,6 +20,6 @@ prepare()
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small text files, for runs."""
-    from tests.trainers import write_corpus
+    from tests.helpers.trainers import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))

@@ -35,9 +35,9 @@ def losses_and_gradients(flavor: str, device: str, dtype: torch.dtype, *, compil
 
     "waits" has how often that waited for the device, which a step must not do.
     """
-    from nitp_titan.decoder import nitp_model_spec
-    from nitp_titan.nitp_config import NITPConfig
-    from tests.decoders import backbone, built, packed_batch
+    from nitp_titan.nitp.config import NITPConfig
+    from nitp_titan.titan.spec import nitp_model_spec
+    from tests.helpers.decoders import backbone, built, packed_batch
 
     spec = nitp_model_spec(backbone("nitp_titan", flavor), NITPConfig(), chunk_tokens=96)
     model = built(spec).to(device)  # the same weights everywhere: a CPU's generator draws them

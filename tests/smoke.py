@@ -17,8 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nitp_titan.job.machine import has_gpu
-from nitp_titan.plot import read_scalars
+from nitp_titan.runs.scalars import read_scalars
+from nitp_titan.runtime.machine import has_gpu
 
 ROOT = Path(__file__).parent.parent
 LOSSES = ["loss_metrics/global_avg_loss", "loss_metrics/ntp_loss", "loss_metrics/nitp_loss"]

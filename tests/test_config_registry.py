@@ -5,8 +5,8 @@ from torchtitan.config import ConfigManager
 
 from nitp_titan.config_registry import function_name
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.trainer import NITPTrainer
-from tests.trainers import running
+from nitp_titan.training.trainer import NITPTrainer
+from tests.helpers.trainers import running
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, debug_job, losses
-from tests.trainers import metric_lines
+from tests.helpers.commands import ROOT, debug_job, losses
+from tests.helpers.trainers import metric_lines
 
 RUN, SLURM = "./run_train.sh", "./slurm/pretrain.sbatch"
 TWO_NODES = ("slurm-a", "slurm-b")

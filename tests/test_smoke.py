@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests import smoke
-from tests.test_plot import write_events
+from tests.helpers.events import write_events
 
 FALLING = {tag: [(1, 2.0), (2, 1.0)] for tag in [*smoke.TAGS, "moe/max_load"]}
 TOTAL = smoke.LOSSES[0]

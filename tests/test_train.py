@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from nitp_titan.plot import read_scalars
-from nitp_titan.train import main, split_config_file
-from tests.commands import call, debug_job, losses
+from nitp_titan.job.reading.command_line import split_config_file
+from nitp_titan.runs.scalars import read_scalars
+from nitp_titan.train import main
+from tests.helpers.commands import call, debug_job, losses
 
 
 def test_a_run_leaves_what_the_readme_says_and_is_reproduced_by_its_resolved_file(tmp_path):

@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nitp_titan import cli
-from nitp_titan.job import Job, load_job, machine
+from nitp_titan.cli import main as cli
+from nitp_titan.job import Job, load_job
 from nitp_titan.job.build import build_trainer_config
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import model_registry
-from nitp_titan.objective import Projector
-from tests.decoders import built
-from tests.trainers import running
+from nitp_titan.nitp.objective import Projector
+from nitp_titan.runtime import machine
+from tests.helpers.decoders import built
+from tests.helpers.trainers import running
 
 FOLDER = Path(__file__).parent.parent / "train_configs"
 FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.toml"))
@@ -74,7 +75,7 @@ def test_memory_that_does_not_fit_is_a_warning(ranks, fits, capsys):
 def test_checks_need_no_torch():
     code = (
         "import sys\n"
-        "from nitp_titan.cli import main\n"
+        "from nitp_titan.cli.main import main\n"
         f"codes = [main(['check', path, '--ngpu', '8']) for path in {[str(FOLDER / name) for name in FILES]}]\n"
         "assert set(codes) == {0}, codes\n"
         "assert 'torch' not in sys.modules\n"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from nitp_titan.data.errors import DataError
+from nitp_titan.data.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class BadText:
         self.count += 1
         self.place = where
         if self._log and (self.count <= _TOLD or str(self.count).strip("0") == "1"):
-            logger.warning("%s; %s (%d so far)", message, done_with(self.rule), self.count)
+            logger.warning(printable(f"{message}; {done_with(self.rule)} ({self.count} so far)"))
 
 
 def done_with(rule: OnBadText) -> str:

@@ -11,7 +11,7 @@ import datasets
 from nitp_titan.data.arrow_copy import cause, open_copy
 from nitp_titan.data.bad_text import BadText, OnBadText, done_with
 from nitp_titan.data.documents import ArrowDocuments, Documents, ListDocuments, ProcessedDocuments, not_utf8
-from nitp_titan.data.errors import DataError
+from nitp_titan.data.errors import DataError, printable
 from nitp_titan.data.files import file_format, find_text_files, nearest_name, stdlib_files
 from nitp_titan.data.readers import check_text, missing_field, parquet_problem, read_documents
 
@@ -140,7 +140,7 @@ def _open_files(dataset_path: str, text_field: str, bad_text: BadText, streaming
     if count := len(places) - places.null_count:
         first = ", ".join(places.drop_null()[:_PLACES].to_pylist()) + (", ..." if count > _PLACES else "")
         done = done_with(bad_text.rule)
-        logger.warning("dataset %s: %d documents are not UTF-8 (%s); %s", name, count, first, done)
+        logger.warning(printable(f"dataset {name}: {count} documents are not UTF-8 ({first}); {done}"))
     return DocumentCorpus(name, ArrowDocuments([texts])), len(files)
 
 

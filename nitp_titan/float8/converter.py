@@ -6,7 +6,6 @@ nothing where its automatic filter is on, and takes linears with a product of th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,21 +21,20 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
-from nitp_titan.configs import retyped
-from nitp_titan.decoder import PROJECTOR_PREFIX
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.layers import (
     MULTIPLE,
     LinearLayer,
     RoutedExperts,
     experts_problem,
-    tokens_at_a_time,
     unmatched,
 )
 from nitp_titan.float8.plan import Plan, plan
+from nitp_titan.nitp.config import PROJECTOR_PREFIX
+from nitp_titan.titan.retyped import retyped
 
 if TYPE_CHECKING:
-    from nitp_titan.trainer import NITPTrainer
+    pass
 
 
 class Float8Converter(QuantizationConverter):
@@ -174,31 +172,3 @@ def _tell(made: Plan, *, compiled: bool) -> None:
         logger.info(f"float8 {line}")
     for warning in made.warnings(compiled=compiled, gpu=torch.cuda.is_available()):
         logger.warning(warning)
-
-
-def with_float8(config: NITPTrainer.Config) -> NITPTrainer.Config:
-    """Return the trainer's configuration with its model converted; the same object where ``float8.recipe`` is "none".
-
-    Raises:
-        ValueError: the conversion does not go; the message names the key.
-    """
-    if config.float8.recipe == "none":
-        return config
-    training, parallelism, compile_config = config.training, config.parallelism, config.compile
-    tokens = tokens_at_a_time(
-        training.local_batch_size,
-        training.seq_len,
-        context=parallelism.context_parallel_degree,
-        pipeline=parallelism.pipeline_parallel_degree,
-        microbatch=parallelism.pipeline_parallel_microbatch_size,
-    )
-    converter = Float8Converter.Config(
-        float8=config.float8,
-        tokens=tokens,
-        tensor_parallel=parallelism.tensor_parallel_degree,
-        expert_parallel=parallelism.expert_parallel_degree,
-        model_compile_enabled=compile_config.enable and "model" in compile_config.components,
-    ).build()
-    # A copy: the caller's specification stays as it was.
-    model = converter.convert(copy.deepcopy(config.model_spec.model))
-    return dataclasses.replace(config, model_spec=dataclasses.replace(config.model_spec, model=model))

@@ -16,8 +16,8 @@ from torchao.prototype.moe_training.utils import _quantize_then_scaled_grouped_m
 from torchtitan.components.quantization import float8 as upstream
 from torchtitan.models.common.moe import GroupedExperts
 
-from nitp_titan.configs import retyped
 from nitp_titan.models.experts import grouped_mm, grouped_mm_weight_grad
+from nitp_titan.titan.retyped import retyped
 
 
 def float8_experts_config(experts: GroupedExperts.Config, *, emulate: bool) -> GroupedExperts.Config:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nitp_titan.costs import has_projector
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.models.flavors import Shape
-from nitp_titan.nitp_config import CHUNK_TOKENS, NITPConfig
+from nitp_titan.nitp.config import CHUNK_TOKENS, NITPConfig, has_projector
 
 MULTIPLE = 16
 """What every dimension of a float8 product must be a multiple of."""

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import inspect
 import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nitp_titan.job import flex, machine
-from nitp_titan.job.attention import missing_kernel
-from nitp_titan.job.check import loss_name
-from nitp_titan.job.draft import Draft
-from nitp_titan.job.errors import JobError, Problem, one_of, quote
-from nitp_titan.job.models import OURS, ModelFacts, facts_of, modules
-from nitp_titan.job.resolve import Job
-from nitp_titan.job.schema import OUR_TABLES
+from nitp_titan.job.backbone import _prepare, model_spec
+from nitp_titan.job.checks import flex
+from nitp_titan.job.checks.attention import missing_kernel
+from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.job.job import Job
+from nitp_titan.job.keys.schema import OUR_TABLES
+from nitp_titan.job.loss_name import loss_name
 from nitp_titan.job.shape import changes_of
+from nitp_titan.runtime import machine
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model_spec import ModelSpec
 
-    from nitp_titan.trainer import NITPTrainer
+    from nitp_titan.training.trainer import NITPTrainer
 
 # What a Config says about values that it refuses.
 _REFUSALS = (ValueError, AssertionError, NotImplementedError)
@@ -37,7 +35,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
         JobError: TorchTitan refuses what the checks here let pass.
     """
     _prepare()
-    from nitp_titan.trainer import NITPTrainer
+    from nitp_titan.training.trainer import NITPTrainer
 
     problems: list[Problem] = []
     parts: dict[str, Any] = {
@@ -90,76 +88,6 @@ def _model_spec(job: Job) -> ModelSpec:
         raise JobError([Problem(job.file, key if backend != "flex" else "[model]", str(error))]) from error
 
 
-def model_spec(
-    module: str, flavor: str, attn_backend: str, *, flex_options: dict[str, int] | None = None, **shape: Any
-) -> ModelSpec:
-    """Return the plain backbone, without NITP, from ours, TorchTitan's or somebody else's ``model_registry``.
-
-    Args:
-        flex_options: ``kernel_options`` of flex attention, over those that the model has.
-        shape: the fields of :class:`Shape` in which a model of ours differs from its flavor.
-    """
-    _prepare()
-    if module == OURS:
-        from nitp_titan.models.registry import model_registry
-
-        spec = model_registry(flavor, attn_backend=attn_backend, **shape)
-    else:
-        registry = importlib.import_module(_path(module)).model_registry
-        spec = registry(flavor, **({"attn_backend": attn_backend} if takes_backend(module) else {}))
-    if flex_options:
-        from torchtitan.models.common.attention import FlexAttention
-
-        for _, attention, _, _ in spec.traverse(FlexAttention.Config):
-            attention.kernel_options = attention.kernel_options | flex_options
-    return spec
-
-
-def _path(module: str) -> str:
-    return module if "." in module else f"torchtitan.models.{module}"
-
-
-def takes_backend(module: str) -> bool:
-    """Whether ``attn_backend`` reaches the models of a module, which is imported."""
-    registry = importlib.import_module(_path(module)).model_registry
-    parameters = inspect.signature(registry).parameters.values()
-    return any(p.name == "attn_backend" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def import_facts(draft: Draft) -> ModelFacts:
-    """Import a module that the snapshot does not know, and return the facts of its flavor.
-
-    Raises:
-        JobError: there is no such module or flavor, or it is not a decoder.
-    """
-    module, flavor = draft.get("model", "module"), draft.get("model", "flavor")
-    path = _path(module)
-
-    def refuse(key: str, message: str, hint: str = "") -> JobError:
-        return JobError([draft.problem("model", key, message, hint)])
-
-    _prepare()
-    try:
-        imported = importlib.import_module(path)
-    except Exception as error:  # somebody else's code
-        hint = f"the built-in ones are {one_of(modules())}"
-        raise refuse("module", f"{path} cannot be imported: {error}", hint) from error
-    if not callable(getattr(imported, "model_registry", None)):
-        raise refuse("module", f"found {quote(module)}, which has no function model_registry(flavor)")
-    try:
-        config = model_spec(module, flavor, draft.get("model", "attn_backend")).model
-    except Exception as error:
-        named = [value for name, value in vars(imported).items() if name.endswith("_configs")]
-        known = list(named[0]) if named and isinstance(named[0], dict) else []
-        expected = f", expected {one_of(known)}" if known else ""
-        reason = "" if isinstance(error, KeyError) and known else f" ({type(error).__name__}: {error})"
-        raise refuse("flavor", f"found {quote(flavor)}{expected}{reason}") from error
-    facts = facts_of(config)
-    if facts is None:
-        raise refuse("module", f"found {quote(module)}, whose {flavor} is not a TorchTitan decoder")
-    return facts
-
-
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     """Silence what a Config warns of; its ``build()`` makes a copy, which warns again, then in the run's log."""
@@ -169,12 +97,6 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _prepare() -> None:
-    from nitp_titan.runtime import prepare
-
-    prepare()
 
 
 def _upstream(job: Job, field: dataclasses.Field) -> Any:
@@ -188,7 +110,7 @@ def _upstream(job: Job, field: dataclasses.Field) -> Any:
 
 
 def _checkpoint(job: Job) -> Any:
-    from nitp_titan.checkpoint import CheckpointManager
+    from nitp_titan.checkpoints.manager import CheckpointManager
 
     table = dict(job["checkpoint"])
     path = (table["initial_load_path"] or "").strip()
@@ -243,7 +165,7 @@ def _activation_checkpoint(job: Job) -> Any:
 def _loss(job: Job, spec: ModelSpec) -> Any:
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 
-    from nitp_titan.loss import JointLoss
+    from nitp_titan.training.joint_loss import JointLoss
 
     table = job["loss"]
     name = loss_name(table["name"], job["nitp"]["enable"])

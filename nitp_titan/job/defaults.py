@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from nitp_titan.job import machine
+from nitp_titan.job.checks.hf_weights import note_partial
 from nitp_titan.job.draft import Draft, Unknown
-from nitp_titan.job.experts import expert_degree, shard_degree
-from nitp_titan.job.hf_weights import note_partial
-from nitp_titan.job.layout import DEGREES, Layout
-from nitp_titan.job.schema import all_tables
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.job.keys.schema import all_tables
+from nitp_titan.job.layout import DEGREES, Layout, expert_degree, shard_degree
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.runtime import machine
 
 STATIC: dict[str, dict[str, Any]] = {
     # Upstream's default, spmd_types, needs torch >= 2.14.

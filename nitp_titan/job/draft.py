@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nitp_titan.job.errors import COMMAND_LINE, Problem
-from nitp_titan.job.models import ModelFacts
+from nitp_titan.job.model_facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,73 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nitp_titan.float8.config import Float8Config
-from nitp_titan.job import defaults, initial, schedule
-from nitp_titan.job.check import CHECKS, MACHINE_CHECKS, check_model, weight_doubts
+from nitp_titan.job import defaults
+from nitp_titan.job.checks import initial, schedule
+from nitp_titan.job.checks.all import CHECKS, MACHINE_CHECKS, weight_doubts
+from nitp_titan.job.checks.model import check_model
+from nitp_titan.job.checks.shape import check_shape
+from nitp_titan.job.checks.unread import unread
 from nitp_titan.job.draft import Draft, Layer, Setting, Unknown, run_checks
 from nitp_titan.job.errors import JobError, Problem
-from nitp_titan.job.extends import ReadFile, read_file
+from nitp_titan.job.job import Job
+from nitp_titan.job.keys.schema import all_tables, from_toml
 from nitp_titan.job.layout import Layout
-from nitp_titan.job.models import OURS, ModelFacts, facts, facts_of_shape
-from nitp_titan.job.read import read_command_line
-from nitp_titan.job.schema import all_tables, from_toml
-from nitp_titan.job.shape import check_shape, drop_unchanged, shape_of
-from nitp_titan.job.unread import unread
-from nitp_titan.models.flavors import FLAVORS, Shape
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.job.model_facts import OURS, ModelFacts, facts, facts_of_shape
+from nitp_titan.job.reading.command_line import read_command_line
+from nitp_titan.job.reading.extends import ReadFile, read_file
+from nitp_titan.job.shape import drop_unchanged, shape_of
+from nitp_titan.models.flavors import FLAVORS
 
-Table = Mapping[str, Any]
 DOUBTS = (weight_doubts, schedule.doubts, schedule.resume_doubts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job that has passed every check. ``job["training"]["steps"]`` reads a value."""
-
-    file: str
-    """Path of the job file, as it was given."""
-    tables: Mapping[str, Table]
-    """Table -> key -> value, defaults included; a nested table is ``"validator.dataloader"``."""
-    sources: Mapping[str, Mapping[str, str]]
-    """Table -> key -> "command line", "file", "flavor", "nitp_titan" or "upstream"."""
-    overrides: tuple[str, ...]
-    """The command line's words."""
-    layout: Layout
-    model: ModelFacts | None
-    """None for a model that only an import can tell of, while it has not been imported."""
-    notes: tuple[str, ...]
-    """What was decided for the user, and then the doubts, one line each."""
-    warnings: tuple[Problem, ...]
-    doubts: tuple[str, ...] = ()
-    """What the user has set and is ignored, or contradicts itself: the last of the notes."""
-
-    def __getitem__(self, table: str) -> Table:
-        return self.tables[table]
-
-    @property
-    def nitp(self) -> NITPConfig:
-        """The ``[nitp]`` table."""
-        return NITPConfig(**self.tables["nitp"])
-
-    @property
-    def float8(self) -> Float8Config:
-        """The ``[float8]`` table."""
-        return Float8Config(**self.tables["float8"])
-
-    @property
-    def shape(self) -> Shape | None:
-        """Shape of a model of ours, with what the job changes in its flavor's; None for any other."""
-        return shape_of(self["model"]["module"], self["model"]["flavor"], self["model.shape"])
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.layout.world_size
 
 
 def resolve(
@@ -168,7 +123,7 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
         raise JobError(problems)
     of_module = []
     if draft.model is None:
-        from nitp_titan.job.build import import_facts, takes_backend
+        from nitp_titan.job.backbone import import_facts, takes_backend
 
         draft.model = import_facts(draft)
         if draft.is_written("model", "attn_backend") and not takes_backend(draft.get("model", "module")):

@@ -16,8 +16,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.job.models import facts_of
-from nitp_titan.job.schema import OUR_TABLES, UPSTREAM_SCHEMA, docstrings, render_type
+from nitp_titan.job.keys.schema import OUR_TABLES, UPSTREAM_SCHEMA, docstrings
+from nitp_titan.job.keys.types import render_type
+from nitp_titan.job.model_facts import facts_of
 
 # Named by our own tables: job.dump_folder, model.hf_assets_path, model.module and model.flavor.
 _NOT_TABLES = ("model_spec", "hf_assets_path", "dump_folder")

@@ -10,9 +10,9 @@ from typing import Any
 import tomli_w
 
 import nitp_titan
-from nitp_titan.job.check import loss_name
-from nitp_titan.job.resolve import Job
-from nitp_titan.job.schedule import Schedule
+from nitp_titan.job.checks.schedule import Schedule
+from nitp_titan.job.job import Job
+from nitp_titan.job.loss_name import loss_name
 from nitp_titan.job.shape import TABLE as SHAPE
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchtitan.models.common.moe import GroupedExperts
 
-from nitp_titan.dtensors import local
+from nitp_titan.nitp.dtensors import local
 
 
 @torch.library.custom_op("nitp_titan::grouped_mm", mutates_args=())

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 
-from nitp_titan.runtime.shim import Shim
+from nitp_titan.runtime.shims.shim import Shim
 
 
 def shims() -> list[Shim]:
     """Every shim there is, in the order in which they are applied."""
-    from nitp_titan.runtime import (
+    from nitp_titan.runtime.shims import (
         async_collectives,
         cpu_attention,
         cpu_device,

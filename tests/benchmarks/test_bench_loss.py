@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from benchmarks import loss
 from benchmarks.heads import IMPLEMENTATIONS, Case, Head, Problem, Unavailable, joint_decoder, ours_with_nitp
 from benchmarks.loss import MIB, Memory, summarize_case
-from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.objective import nitp_loss, pair_mask, shift_left
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.nitp.objective import nitp_loss, pair_mask, shift_left
 
 CASE = Case(
     tokens=96,

@@ -13,11 +13,11 @@ from torchtitan.models.common.decoder import create_attention_mask
 from torchtitan.models.deepseek_v3 import mtp as upstream
 
 from benchmarks.mtp import MTPLoss, MTPTrainer, labels_after_next, mtp_model_spec
-from nitp_titan.configs import retyped
 from nitp_titan.models.registry import model_registry
-from nitp_titan.nitp_config import NITPConfig
-from tests.decoders import OWN, PackedBatch, backbone, built, packed_batch
-from tests.trainers import running, trainer_config
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.titan.retyped import retyped
+from tests.helpers.decoders import OWN, PackedBatch, backbone, built, packed_batch
+from tests.helpers.trainers import running, trainer_config
 
 DOCUMENTS = ((7, 1, 16), (2, 22))
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from benchmarks.roofline import H100, Accelerator, Operation, cross_entropy_operations, main, nitp_operations, roofline
-from nitp_titan.costs import flops, nitp_flops, parts_of_shape
+from nitp_titan.models.costs import flops, nitp_flops, parts_of_shape
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp.config import NITPConfig
 
 
 @pytest.mark.parametrize("ratio", [2, 4])

@@ -11,8 +11,8 @@ from torchtitan.trainer import Trainer
 from benchmarks.jobs import Data, load_entry, trainer_config
 from benchmarks.stock import stock_config
 from benchmarks.variants import VARIANTS
-from nitp_titan.loss import JointLoss
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.training.joint_loss import JointLoss
+from nitp_titan.training.trainer import NITPTrainer
 
 
 def config_of(job: str, tmp_path, variant: str = "stock"):

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.jobs import Entry, load_entry
 from benchmarks.summary import Figures, summarize, table
 from benchmarks.variants import VARIANTS
-from nitp_titan.costs import flops, mtp_flops, parts_of_shape
-from nitp_titan.memory import GIB
+from nitp_titan.models.costs import flops, mtp_flops, parts_of_shape
 from nitp_titan.models.flavors import FLAVORS
+from nitp_titan.tools.estimate.memory import GIB
 
 ABOUT = {"device": "a GPU", "device_type": "cuda", "torch": "2", "config": "x.toml", "ranks": 2, "peak_flops": 1e12}
 KEYS = {"tokens_per_second", "mfu_percent", "step_ms", "peak_memory_gib"}
@@ -95,7 +95,7 @@ def test_slices_are_extrapolated_and_not_compared():
 def test_the_table_shows_every_variant_and_note(monkeypatch):
     from rich.console import Console
 
-    from nitp_titan.job import machine
+    from nitp_titan.runtime import machine
 
     monkeypatch.setattr(machine, "torch_version", lambda: (2, 11))
     seconds = {"ntp": [0.1], "nitp": [0.15]}

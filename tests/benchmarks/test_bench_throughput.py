@@ -15,11 +15,11 @@ from benchmarks import jobs, race, throughput
 from benchmarks.contestant import Contestant
 from benchmarks.jobs import Data, load_entry, trainer_config
 from benchmarks.variants import VARIANTS
-from nitp_titan.costs import parts_of_shape, projector_params
-from nitp_titan.job import machine
+from nitp_titan.models.costs import parts_of_shape
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.nitp_config import NITPConfig
-from tests.trainers import running
+from nitp_titan.nitp.config import NITPConfig, projector_params
+from nitp_titan.runtime import machine
+from tests.helpers.trainers import running
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ("--training.seq_len=32", "--training.local_batch_size=2", "--loss.chunk_tokens=50")

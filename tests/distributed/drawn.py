@@ -21,9 +21,9 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from nitp_titan.job import load_job
+from nitp_titan.job.checks.pipeline import SCHEDULES
 from nitp_titan.job.errors import JobError
-from nitp_titan.job.pipeline import SCHEDULES
-from nitp_titan.nitp_config import LossKind, NITPConfig
+from nitp_titan.nitp.config import LossKind, NITPConfig
 from tests.distributed.batches import ROWS, SEQ_LEN
 from tests.distributed.layouts import SHORT, Layout, layout
 from tests.distributed.models import model_registry
@@ -220,6 +220,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import tests.prepared  # noqa: F401
+    import tests.helpers.prepared  # noqa: F401
 
     sys.exit(main())

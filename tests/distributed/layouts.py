@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nitp_titan.job.pipeline import V_SHAPED
+from nitp_titan.job.checks.pipeline import V_SHAPED
 from tests.distributed.batches import ROWS, SEQ_LEN
 
 SHORT = {

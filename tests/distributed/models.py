@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchtitan.protocols.model_spec import ModelSpec
 
-from tests.decoders import backbone
+from tests.helpers.decoders import backbone
 
 MODELS = {
     "debug": ("nitp_titan", "debug"),

@@ -13,14 +13,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from nitp_titan.metrics import VALIDATION_NITP, VALIDATION_NTP
-from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.validate import Validator
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.runs.tags import VALIDATION_NITP, VALIDATION_NTP
+from nitp_titan.training.validator import Validator
 from tests.distributed.batches import ROWS, SEQ_LEN, StraddlingBatches
 from tests.distributed.layouts import SHORT, Layout
 from tests.distributed.models import model_registry
-from tests.ranks import run_on_ranks
-from tests.trainers import metric_lines, running, trainer_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.trainers import metric_lines, running, trainer_config
 
 LOSSES = ("loss_metrics/global_avg_loss", "loss_metrics/ntp_loss", "loss_metrics/nitp_loss")
 GEOMETRY = ("geometry/effective_rank", "geometry/mean_cosine_similarity")

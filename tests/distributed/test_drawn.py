@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from nitp_titan.job import load_job
-from nitp_titan.job.pipeline import SCHEDULES
-from nitp_titan.nitp_config import LossKind
+from nitp_titan.job.checks.pipeline import SCHEDULES
+from nitp_titan.nitp.config import LossKind
 from tests.distributed.drawn import CHUNKS, DEGREES, MODELS, RANKS, RECOMPUTATION, accepted, drawn, words
 from tests.distributed.layouts import SHORT, Layout, layout
 from tests.distributed.parity import References, compare, config_of

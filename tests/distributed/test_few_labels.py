@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchtitan.components.loss import ChunkedLossWrapper
 
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp.config import NITPConfig
 from tests.distributed.batches import ROWS, FewLabels
 from tests.distributed.layouts import Layout, layout
 from tests.distributed.parity import LOSSES, STEPS, VALIDATION, References, gradients, ratio, run_layout, values

@@ -10,9 +10,9 @@ import torch
 
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.models.registry import model_registry
-from nitp_titan.nitp_config import NITPConfig
-from tests.ranks import run_on_ranks
-from tests.trainers import metric_lines, running, trainer_config, write_corpus
+from nitp_titan.nitp.config import NITPConfig
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.trainers import metric_lines, running, trainer_config, write_corpus
 
 # flavor, recipe, fields of ParallelismConfig, relative tolerance of the first step's losses and gradient norm
 LAYOUTS = [

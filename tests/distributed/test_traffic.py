@@ -13,8 +13,8 @@ from tests.distributed.batches import ROWS, SEQ_LEN
 from tests.distributed.layouts import Layout, layout
 from tests.distributed.parity import config_of
 from tests.distributed.traffic import Traffic
-from tests.ranks import run_on_ranks
-from tests.trainers import running
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.trainers import running
 
 B, L, D = 2, SEQ_LEN, 128
 """Sequences of a micro-batch, their length, the debug model's width."""

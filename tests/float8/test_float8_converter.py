@@ -16,13 +16,14 @@ from torchtitan.config import CompileConfig
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 
-from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.float8 import converter as converter_module
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
-from nitp_titan.float8.converter import Float8Converter, with_float8
-from nitp_titan.nitp_config import NITPConfig
-from tests.decoders import OWN, STOCK, backbone, built
-from tests.trainers import trainer_config
+from nitp_titan.float8.converter import Float8Converter
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.titan.spec import nitp_model_spec
+from nitp_titan.training.trainer import with_float8
+from tests.helpers.decoders import OWN, STOCK, backbone, built
+from tests.helpers.trainers import trainer_config
 
 
 def converter(**float8) -> Float8Converter:

@@ -14,7 +14,7 @@ from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.converter import Float8Converter
 from nitp_titan.float8.experts import EmulatedGroupedMM, float8_experts_config
 from nitp_titan.models.experts import DtypePreservingGroupedExperts
-from tests.decoders import backbone
+from tests.helpers.decoders import backbone
 
 COUNTS = (5, 0, 16, 1)
 """Rows of each expert, none of them padded."""

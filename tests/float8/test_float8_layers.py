@@ -8,7 +8,6 @@ from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import MoE
 
-from nitp_titan.decoder import nitp_model_spec
 from nitp_titan.float8.config import AUTO_FILTER, Float8Config
 from nitp_titan.float8.layers import (
     LinearLayer,
@@ -21,10 +20,11 @@ from nitp_titan.float8.layers import (
 )
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import decoder_config, model_registry
-from nitp_titan.nitp_config import NITPConfig
-from tests.decoders import ODD_SHAPES, OWN, STOCK, backbone
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.titan.spec import nitp_model_spec
 from tests.float8.test_float8_plan import LAYERS
-from tests.trainers import trainer_config
+from tests.helpers.decoders import ODD_SHAPES, OWN, STOCK, backbone
+from tests.helpers.trainers import trainer_config
 
 SHAPES = {name: flavor.shape for name, flavor in FLAVORS.items()} | ODD_SHAPES
 

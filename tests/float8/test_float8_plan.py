@@ -10,7 +10,7 @@ from nitp_titan.float8.gain import times
 from nitp_titan.float8.layers import LinearLayer, RoutedExperts, experts_of_shape, layers_of_shape
 from nitp_titan.float8.plan import plan
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.nitp_config import NITPConfig
+from nitp_titan.nitp.config import NITPConfig
 
 LAYERS = [
     LinearLayer(name="lm_head", in_features=2048, out_features=32000),

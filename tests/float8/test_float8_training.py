@@ -16,8 +16,8 @@ from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from nitp_titan.float8 import converter as converter_module
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.models.registry import model_registry
-from nitp_titan.nitp_config import NITPConfig
-from tests.trainers import metric_lines, running, trainer_config
+from nitp_titan.nitp.config import NITPConfig
+from tests.helpers.trainers import metric_lines, running, trainer_config
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 

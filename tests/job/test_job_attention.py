@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nitp_titan.job import JobError, attention, load_job, machine
-from nitp_titan.job.attention import FA3, FA4, missing_kernel
+from nitp_titan.job import JobError, load_job
 from nitp_titan.job.build import build_trainer_config
+from nitp_titan.job.checks import attention
+from nitp_titan.job.checks.attention import FA3, FA4, missing_kernel
+from nitp_titan.runtime import machine
 
 AMPERE = (8, 0)
 

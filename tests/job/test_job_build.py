@@ -15,20 +15,21 @@ from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC,
 
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.tokenizer import ByteTokenizer
-from nitp_titan.job import JobError, load_job, machine
+from nitp_titan.job import JobError, load_job
 from nitp_titan.job.build import build_trainer_config
-from nitp_titan.job.check import CHECKS
+from nitp_titan.job.checks.all import CHECKS
+from nitp_titan.job.checks.pipeline import CHECKS as PIPELINE_RULES
+from nitp_titan.job.checks.upstream import CHECKS as RULES
 from nitp_titan.job.draft import run_checks
-from nitp_titan.job.models import facts_of
-from nitp_titan.job.pipeline import CHECKS as PIPELINE_RULES
+from nitp_titan.job.keys.schema import OUR_TABLES, all_tables
+from nitp_titan.job.model_facts import facts_of
 from nitp_titan.job.resolve import resolve
-from nitp_titan.job.rules import CHECKS as RULES
-from nitp_titan.job.schema import OUR_TABLES, all_tables
-from nitp_titan.loss import JointLoss
-from nitp_titan.lr_scheduler import LRSchedulersContainer
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.nitp_config import NITPConfig
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.runtime import machine
+from nitp_titan.training.joint_loss import JointLoss
+from nitp_titan.training.lr_scheduler import LRSchedulersContainer
+from nitp_titan.training.trainer import NITPTrainer
 
 TYPES = ["--debug.spmd_typechecking", "--parallelism.spmd_backend=spmd_types"]
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
@@ -201,7 +202,8 @@ def test_foreign_module(foreign_module):
 
 def refused_by_upstream(overrides: list[str]) -> bool:
     """Build what ``overrides`` say without our checks, and return whether TorchTitan refuses it."""
-    from nitp_titan.job.resolve import Job, _by_table
+    from nitp_titan.job.job import Job
+    from nitp_titan.job.resolve import _by_table
 
     draft, _ = resolve(None, overrides, 1)
     tables = _by_table(draft, "value")

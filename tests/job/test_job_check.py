@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job.data import DATASETS
-from nitp_titan.job.tokenizer import BYTE_VOCABULARY
+from nitp_titan.job import JobError, load_job
+from nitp_titan.job.checks.data import DATASETS
+from nitp_titan.job.checks.tokenizer import BYTE_VOCABULARY
+from nitp_titan.runtime import machine
 
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
 STOCK = ["--nitp.no-enable"]

@@ -1,4 +1,4 @@
-"""nitp_titan.job.data: a check looks at the first rows of the data."""
+"""nitp_titan.job.checks.data: a check looks at the first rows of the data."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_look_imports_neither_torch_nor_datasets(tmp_path):
     folder = write(tmp_path / "tokenizer", tokenizer_config=CONFIG)
     options = [*words(tmp_path, "--tokenizer.name=huggingface"), f"--model.hf_assets_path={folder}"]
     code = (
-        "import sys\nfrom nitp_titan.job import load_job\nfrom nitp_titan.explain import explain\n"
+        "import sys\nfrom nitp_titan.job import load_job\nfrom nitp_titan.tools.explain import explain\n"
         f"print(explain(load_job(None, {options}, 1)))\n"
         "print([name for name in ('torch', 'datasets', 'torchtitan') if name in sys.modules])"
     )

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from nitp_titan.job import Job, JobError, load_job, machine
+from nitp_titan.job import Job, JobError, load_job
 from nitp_titan.job.build import build_trainer_config
-from nitp_titan.job.schema import all_tables
+from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.write import resolved_toml
+from nitp_titan.runtime import machine
 
 MOE = ["--model.flavor=debug_moe"]
 SAVES = ["--checkpoint.enable"]
@@ -180,7 +181,7 @@ def test_every_key_has_its_fate():
     fates = [*ACTING, *NEEDING, *REFUSING, *ELSEWHERE]
     assert len(fates) == len(set(fates))
     missing = sorted(keys.difference(fates))
-    assert not missing, f"say in {__file__} what becomes of {missing}, and in job/unread.py what they need"
+    assert not missing, f"say in {__file__} what becomes of {missing}, and in job/checks/unread.py what they need"
     assert set(fates) == keys
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomli
 
-from nitp_titan import cli
+from nitp_titan.cli import main as cli
 from nitp_titan.job import JobError, load_job
 from nitp_titan.job.write import resolved_toml
 

@@ -6,13 +6,14 @@ import logging
 
 import pytest
 
-from nitp_titan.decoder import nitp_model_spec
-from nitp_titan.explain import explain
 from nitp_titan.float8.config import AUTO_FILTER
-from nitp_titan.float8.converter import with_float8
-from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job import float8 as job_float8
+from nitp_titan.job import JobError, load_job
 from nitp_titan.job.build import build_trainer_config
+from nitp_titan.runtime import machine
+from nitp_titan.titan.spec import nitp_model_spec
+from nitp_titan.tools import float8_summary
+from nitp_titan.tools.explain import explain
+from nitp_titan.training.trainer import with_float8
 
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
 MOE = ["--model.flavor=debug_moe"]
@@ -154,7 +155,7 @@ def test_check_of_another_module_refers_to_the_log():
 def test_the_plan_of_a_check_is_the_runs(flavor, ranks, overrides, caplog):
     arguments = [f"--model.flavor={flavor}", "--float8.recipe=tensorwise", "--float8.emulate", *overrides]
     job = load_job(None, arguments, ranks)
-    lines, _ = job_float8.explain(job)
+    lines, _ = float8_summary.explain(job)
     config = build_trainer_config(job)
     config.model_spec = nitp_model_spec(config.model_spec, config.nitp, chunk_tokens=config.loss.chunk_tokens)
     with caplog.at_level(logging.INFO):

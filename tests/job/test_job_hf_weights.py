@@ -9,10 +9,10 @@ import pytest
 
 from nitp_titan.job import JobError, load_job
 from nitp_titan.models.flavors import FLAVORS
-from nitp_titan.models.hf import hf_config
+from nitp_titan.models.hf.architectures import hf_config
 from nitp_titan.models.registry import decoder_config
-from tests.commands import cli_main
-from tests.decoders import backbone
+from tests.helpers.commands import cli_main
+from tests.helpers.decoders import backbone
 
 
 def folder_with(path: Path, values: dict) -> Path:
@@ -85,7 +85,7 @@ def test_torchtitans_models_are_compared_too(tmp_path, module, flavor):
 
 
 def test_a_model_of_somebody_elses_is_compared_when_it_is_imported(tmp_path):
-    chosen = ["--model.module=tests.foreign", "--model.flavor=deepseek_v3"]
+    chosen = ["--model.module=tests.helpers.foreign", "--model.flavor=deepseek_v3"]
     values = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 3}
     found = problems(*words(tmp_path, folder_with(tmp_path / "hf", values), *chosen))
     assert any("lacks hidden_size" in problem for problem in found)

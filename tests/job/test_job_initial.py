@@ -7,9 +7,9 @@ import json
 import pytest
 
 from nitp_titan.job import JobError, load_job
-from nitp_titan.job.build import model_spec
-from nitp_titan.job.initial import latest_step
-from nitp_titan.models.hf import hf_config
+from nitp_titan.job.backbone import model_spec
+from nitp_titan.job.checks.initial import latest_step
+from nitp_titan.models.hf.architectures import hf_config
 
 
 def problems(*overrides: str, for_training: bool = True) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nitp_titan.job import Job, JobError, load_job, machine
+from nitp_titan.job import Job, JobError, load_job
 from nitp_titan.job.layout import DEGREES
 from nitp_titan.job.write import resolved_toml
+from nitp_titan.runtime import machine
 
 FREE = ["--dataloader.num_streams=7680"]  # for any world of these tests
 UPSTREAM_MOE = ["--model.module=qwen3", "--model.flavor=debugmodel_moe", "--dataloader.dataset=c4"]

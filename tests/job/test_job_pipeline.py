@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job.pipeline import SCHEDULES, V_SHAPED, _fits, _orders, _stages_per_rank, blocks_of_stages
+from nitp_titan.job import JobError, load_job
+from nitp_titan.job.checks.pipeline import SCHEDULES, V_SHAPED, _fits, _orders, _stages_per_rank, blocks_of_stages
+from nitp_titan.runtime import machine
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +140,7 @@ def test_a_stage_without_blocks_is_refused_under_context_parallelism():
 
 
 def test_old_torch_is_refused(monkeypatch):
-    monkeypatch.setattr("nitp_titan.job.machine.torch_version", lambda: (2, 12))
+    monkeypatch.setattr("nitp_titan.runtime.machine.torch_version", lambda: (2, 12))
     assert any(
         "pipeline parallelism needs torch >= 2.13, found torch 2.12" in p
         for p in problems("pipeline_parallel_degree=2")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nitp_titan.job.extends import read_file
-from nitp_titan.job.read import read_command_line, split_command_line
-from nitp_titan.job.schema import all_tables
+from nitp_titan.job.keys.schema import all_tables
+from nitp_titan.job.reading.command_line import read_command_line, split_command_line
+from nitp_titan.job.reading.extends import read_file
 
 
 def read(tmp_path: Path, text: str | bytes):

@@ -12,10 +12,11 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nitp_titan.job import JobError, load_job, machine
-from nitp_titan.job.schema import all_tables
+from nitp_titan.job import JobError, load_job
+from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.write import resolved_toml, write_resolved
 from nitp_titan.models.flavors import FLAVORS
+from nitp_titan.runtime import machine
 
 MINIMAL = '[model]\nflavor = "debug"\n'
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nitp_titan.job import Job, JobError, load_job, machine
-from nitp_titan.job.schedule import Schedule
+from nitp_titan.job import Job, JobError, load_job
+from nitp_titan.job.checks.schedule import Schedule
 from nitp_titan.job.write import write_resolved
+from nitp_titan.runtime import machine
 
 
 @pytest.fixture(autouse=True)

@@ -11,18 +11,10 @@ import pytest
 import tomli_w
 
 from nitp_titan.job import snapshot
-from nitp_titan.job.extends import read_file
-from nitp_titan.job.read import read_command_line
-from nitp_titan.job.schema import (
-    OUR_TABLES,
-    UPSTREAM_SCHEMA,
-    Key,
-    all_tables,
-    describe,
-    from_toml,
-    parse_type,
-    render_type,
-)
+from nitp_titan.job.keys.schema import OUR_TABLES, UPSTREAM_SCHEMA, Key, all_tables, from_toml
+from nitp_titan.job.keys.types import describe, parse_type, render_type
+from nitp_titan.job.reading.command_line import read_command_line
+from nitp_titan.job.reading.extends import read_file
 from nitp_titan.models.flavors import Shape
 
 KEYS = [key for keys in all_tables().values() for key in keys.values()]
@@ -37,7 +29,7 @@ def test_snapshot_is_the_installed_torchtitan():
 
 
 def test_every_field_of_the_trainer_is_a_table():
-    from nitp_titan.trainer import NITPTrainer
+    from nitp_titan.training.trainer import NITPTrainer
 
     fields = {field.name for field in dataclasses.fields(NITPTrainer.Config)}
     covered = set(all_tables()) - {"job", "model", "model.shape", "model.flex_kernel_options", "validator.dataloader"}
@@ -46,7 +38,7 @@ def test_every_field_of_the_trainer_is_a_table():
 
 def test_types_are_those_of_the_trainers_own_configurations():
     """Our trainer has subclasses of some of upstream's configurations, whose keys may take more."""
-    from nitp_titan.trainer import NITPTrainer
+    from nitp_titan.training.trainer import NITPTrainer
 
     ours = []
     for field in dataclasses.fields(NITPTrainer.Config):

@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 
-from nitp_titan.explain import explain
-from nitp_titan.job import JobError, load_job, machine
+from nitp_titan.job import JobError, load_job
 from nitp_titan.job.build import build_trainer_config
-from nitp_titan.job.models import facts_of
+from nitp_titan.job.model_facts import facts_of
 from nitp_titan.job.write import resolved_toml
 from nitp_titan.models.flavors import FLAVORS, Shape
+from nitp_titan.runtime import machine
+from nitp_titan.tools.explain import explain
 
 CHANGES = {"n_layers": 3, "dim": 64, "head_dim": 16, "vocab_size": 512, "tie_embeddings": True, "rope_theta": 5e5}
 

@@ -1,4 +1,4 @@
-"""nitp_titan.job.tokenizer: what a check says of a tokenizer, and what it refuses."""
+"""nitp_titan.job.checks.tokenizer: what a check says of a tokenizer, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from nitp_titan.explain import explain
 from nitp_titan.job import load_job
-from nitp_titan.job.tokenizer import tokenizer_notes
+from nitp_titan.job.checks.tokenizer import tokenizer_notes
+from nitp_titan.tools.explain import explain
 from tests.data.test_hf_tokenizer import BOS, CONFIG, EOS, bpe, write
 from tests.job.test_job_check import problems
 

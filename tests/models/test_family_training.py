@@ -9,8 +9,8 @@ from torchtitan.components.optimizer import default_adamw
 
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.registry import model_registry
-from nitp_titan.nitp_config import NITPConfig
-from tests.trainers import metric_lines, running, trainer_config
+from nitp_titan.nitp.config import NITPConfig
+from tests.helpers.trainers import metric_lines, running, trainer_config
 
 FAMILY = [name for name in FLAVORS if not name.startswith("debug")]
 

@@ -10,7 +10,8 @@ from torch.nn.attention import flex_attention
 from torchtitan.models.common.attention import FlexAttention
 
 from nitp_titan.job import JobError, load_job
-from nitp_titan.job.build import build_trainer_config, model_spec
+from nitp_titan.job.backbone import model_spec
+from nitp_titan.job.build import build_trainer_config
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.models.flex_options import FlexKernelOptions, default_options, problems
 

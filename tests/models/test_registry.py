@@ -7,7 +7,7 @@ import torch
 
 from nitp_titan.models.flavors import FLAVORS, Shape
 from nitp_titan.models.registry import model_registry
-from tests.decoders import built
+from tests.helpers.decoders import built
 
 
 def counted_by_hand(shape: Shape) -> int:

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from nitp_titan.runtime import prepare
-from nitp_titan.runtime.async_collectives import loses_gradients
-from tests.ranks import run_on_ranks
+from nitp_titan.runtime.shims.async_collectives import loses_gradients
+from tests.helpers.ranks import run_on_ranks
 
 ROWS = 3
 """Of each rank."""

@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torchtitan.models.common.attention import FlexAttention, get_causal_mask_mod, get_document_mask_mod
 
-from nitp_titan.runtime.cpu_attention import dense_attention_mask, masked_attention
-from tests.ranks import run_on_ranks
+from nitp_titan.runtime.shims.cpu_attention import dense_attention_mask, masked_attention
+from tests.helpers.ranks import run_on_ranks
 
 
 def document_causal(positions_BL):

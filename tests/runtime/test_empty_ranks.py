@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.distributed import utils
 
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 NAN = torch.nan
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import flex_attention
 from torchtitan.models.common.attention import get_causal_mask_mod, get_document_mask_mod
 
-from nitp_titan.runtime import flex_masks
-from nitp_titan.runtime.flex_masks import SHIMS, always_separate
+from nitp_titan.runtime.shims import flex_masks
+from nitp_titan.runtime.shims.flex_masks import SHIMS, always_separate
 
 MISSING = "separate_full_blocks"
 

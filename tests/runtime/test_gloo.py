@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 def gathered_keys_and_values() -> tuple[list[type], torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 def losses_of(schedule_name: str) -> list[tuple[list[float], list[float]]]:

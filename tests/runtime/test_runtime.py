@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed
 
-from nitp_titan.runtime import prepare, shims, torch_gaps
-from nitp_titan.runtime.cpu_device import CPUDeviceModule
+from nitp_titan.runtime import prepare, shims
+from nitp_titan.runtime.shims import torch_gaps
+from nitp_titan.runtime.shims.cpu_device import CPUDeviceModule
 
 
 def run(code: str) -> str:

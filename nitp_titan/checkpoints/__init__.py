@@ -1,0 +1,1 @@
+"""A checkpoint on disk: how it is written, found and read."""

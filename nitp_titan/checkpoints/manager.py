@@ -1,0 +1,158 @@
+"""Checkpoints that fit the run: all of the model and nothing else, with or without NITP's projector."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpointer import CheckpointManager as Upstream
+from torchtitan.components.checkpointer.base import OPTIMIZER
+from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.tools.logging import logger
+
+from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
+from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.models.hf.architectures import hf_config
+from nitp_titan.nitp.config import PROJECTOR_PREFIX
+from nitp_titan.titan.spec import backbone_config
+
+
+class CheckpointManager(Upstream):
+    """TorchTitan's checkpoint manager, which loads what fits the model, and refuses the rest before it reads it.
+
+    Two runs may differ by the projector. One that gains it, from stock TorchTitan or from before ``nitp.start_step``,
+    keeps its initial weights, and the optimizer starts its moments when it first has a gradient, as in a run that was
+    not interrupted. One that goes on without it leaves it.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Upstream.Config):
+        pass
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.
+
+        Raises:
+            JobError: the checkpoint lacks tensors of the model, or has others, or some of another size.
+        """
+        if from_hf:
+            self._check_hugging_face(state_dict, Path(checkpoint_id), from_quantized)
+        # A remote checkpoint is not looked into: TorchTitan reads it through another library.
+        elif os.path.isdir(checkpoint_id):
+            stored = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+            _check(state_dict, stored, checkpoint_id)
+            state_dict = _without_what_the_checkpoint_lacks(state_dict, stored)
+        super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """Save as TorchTitan does; Hugging Face weights with the ``config.json`` that they are to be read with."""
+        saved = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        if to_hf and (not dist.is_initialized() or dist.get_rank() == 0):
+            assert self.sd_adapter is not None  # or TorchTitan has refused
+            self._write_hf_config(Path(checkpoint_id))
+        return saved
+
+    def _write_hf_config(self, folder: Path) -> None:
+        try:
+            # pyrefly: ignore [missing-attribute]
+            values = hf_config(backbone_config(self.sd_adapter.model_config))
+        except ValueError as error:
+            logger.warning(f"{folder} has no config.json: {error}")
+            return
+        values["dtype"] = str(self.export_dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def _check_hugging_face(self, state_dict: dict[str, Any], folder: Path, from_quantized: bool) -> None:
+        if self.sd_adapter is None:
+            raise _refusal(folder, "is in Hugging Face format, which the job's model has no names for")
+        # Again in TorchTitan's own method: it moves no weights but those that it has to turn.
+        wanted = self.sd_adapter.to_hf(dict(state_dict))
+        stored = self.sd_adapter.get_hf_storage_reader(str(folder), from_quantized).read_metadata().state_dict_metadata
+        if twice := in_several_files(stored):
+            raise _refusal(folder, f"has tensors in several files, of which one is meant: {a_few(twice)}")
+        left = not_read_from_hugging_face(stored, self.sd_adapter, folder)
+        misfit = Misfit.of(stored, wanted).without(left.keys() - wanted.keys()).of_all_ranks()
+        if wrong := misfit.sentences():
+            raise _refusal(folder, "; it ".join(wrong))
+        for why in dict.fromkeys(left.values()):
+            logger.info(f"{folder}: not read, {why}: {a_few([name for name in left if left[name] == why])}")
+
+
+def _refusal(checkpoint: Any, message: str) -> JobError:
+    return JobError([Problem(str(checkpoint), "", message)])
+
+
+def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: str) -> None:
+    """Refuse a training checkpoint of another model.
+
+    Raises:
+        JobError: the message names some of the tensors.
+    """
+    wanted = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    misfit = Misfit.of(stored, wanted).of_all_ranks()
+    has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in stored)
+    wants_projector = _on_any_rank(any(name.startswith(PROJECTOR_PREFIX) for name in wanted))
+    if has_projector != wants_projector:
+        known = {name for name in misfit.missing + misfit.extra if name.startswith(PROJECTOR_PREFIX)}
+        misfit = misfit.without(known)
+    wrong = misfit.sentences()
+    if OPTIMIZER in state_dict and not any(name.startswith(f"{OPTIMIZER}.") for name in stored):
+        wrong.append(
+            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
+            "not go on"
+        )
+    if wrong:
+        raise _refusal(checkpoint_id, "; it ".join(wrong))
+    if wants_projector and not has_projector:
+        logger.warning(f"{checkpoint_id} has no projector: NITP starts with its initial one")
+    if has_projector and not wants_projector:
+        logger.warning(f"{checkpoint_id} has NITP's projector, which this run does not train: it is left out")
+
+
+def _on_any_rank(here: bool) -> bool:
+    """Whether it is so on some rank: under pipeline parallelism the last stage alone has a projector."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return here
+    answers = [here] * dist.get_world_size()
+    dist.all_gather_object(answers, here)
+    return any(answers)
+
+
+class _Part(Stateful):
+    """A part of another's state: what is left out is neither asked of the checkpoint nor set."""
+
+    def __init__(self, whole: Stateful, left_out: set[str]):
+        self._whole, self._left_out = whole, left_out
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in self._whole.state_dict().items() if key not in self._left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._whole.load_state_dict(state_dict)
+
+
+def _without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the state without a projector, or optimizer state of one, that is not stored."""
+    weights = {key for key in state_dict if key.startswith(PROJECTOR_PREFIX) and key not in stored}
+    kept = {key: value for key, value in state_dict.items() if key not in weights}
+    if OPTIMIZER in kept:
+        # TorchTitan's names: "state.FQN.exp_avg", "param_groups.FQN.lr".
+        ours = {key for key in kept[OPTIMIZER].state_dict() if f".{PROJECTOR_PREFIX}" in key}
+        missing = {key for key in ours if f"{OPTIMIZER}.{key}" not in stored}
+        if missing:
+            kept[OPTIMIZER] = _Part(kept[OPTIMIZER], missing)
+    return kept

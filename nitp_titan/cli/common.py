@@ -1,0 +1,30 @@
+"""What the verbs of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def ranks_of(arguments: argparse.Namespace) -> int:
+    """Return how many ranks a run is to have: ``--ngpu``, or this environment's."""
+    return arguments.ngpu or positive(os.environ.get("WORLD_SIZE") or "1")
+
+
+def fail(message: str) -> int:
+    """Print a message, and return the exit code of bad input."""
+    print(message, file=sys.stderr, flush=True)
+    return 2
+
+
+def add_ngpu(parser: argparse.ArgumentParser) -> None:
+    """Add ``--ngpu``, which :func:`ranks_of` reads."""
+    parser.add_argument("--ngpu", metavar="N", type=positive, help="ranks of the run (default: WORLD_SIZE, or 1)")

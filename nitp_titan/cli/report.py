@@ -1,0 +1,47 @@
+"""``nitp-titan report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from nitp_titan.cli.common import add_ngpu, fail, ranks_of
+from nitp_titan.job import JobError
+
+DESCRIPTION = """\
+Count a model's parameters and training FLOPs per token, what NITP adds to them (and what a multi-token-prediction
+head would), and estimate the memory of a rank. Nothing is trained and no weights are allocated.
+
+  nitp-titan report 9B-A1B --ngpu 8
+  nitp-titan report job.toml --ngpu 64 --json --parallelism.expert_parallel_degree 8
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the verb to the command line."""
+    parser = commands.add_parser(
+        "report",
+        help="parameters, FLOPs and memory of a model, and what NITP adds",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="nitp-titan report FLAVOR|FILE [--ngpu N] [--json] [--table.key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="FLAVOR|FILE", help="a flavor of nitp_titan's, or a job file")
+    add_ngpu(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the report; return the exit code."""
+    from nitp_titan.tools.report import render, report
+
+    try:
+        costs = report(arguments.model, overrides, ranks_of(arguments))
+    except argparse.ArgumentTypeError as error:
+        return fail(f"WORLD_SIZE: {error}")
+    except JobError as error:
+        return fail(str(error))
+    print(json.dumps(costs, indent=2) if arguments.json else render(costs), flush=True)
+    return 0

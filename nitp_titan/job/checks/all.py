@@ -1,0 +1,65 @@
+"""What a job's values must agree on: NITP and the loss with the model; and the list of all checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nitp_titan.job.checks import (
+    attention,
+    data,
+    experts,
+    flex,
+    float8,
+    hf_weights,
+    initial,
+    layout,
+    pipeline,
+    schedule,
+    tokenizer,
+    upstream,
+)
+from nitp_titan.job.checks.loss import check_loss, check_loss_chunks
+from nitp_titan.job.checks.nitp import check_nitp
+from nitp_titan.job.checks.output import check_output
+from nitp_titan.job.draft import Draft
+
+
+def weight_doubts(draft: Draft) -> Iterator[str]:
+    """Yield a line where NITP is computed for nothing."""
+    if draft.get("nitp", "enable") and draft.get("nitp", "weight") == 0:
+        yield "nitp.weight is 0: NITP is computed and logged, and trains nothing; nitp.enable = false is the baseline"
+
+
+CHECKS = (
+    check_nitp,
+    check_loss,
+    check_loss_chunks,
+    attention.check_attention,
+    float8.check_float8,
+    data.check_data,
+    data.check_validation_data,
+    tokenizer.check_tokenizer,
+    hf_weights.check_hf_config,
+    *layout.CHECKS,
+    *flex.CHECKS,
+    *experts.CHECKS,
+    *pipeline.CHECKS,
+    *upstream.CHECKS,
+    schedule.check_steps,
+    initial.check_enabled,
+)
+"""Checks of what no machine could run; ``check_model`` comes before them."""
+
+
+MACHINE_CHECKS = (
+    tokenizer.check_assets,
+    hf_weights.check_hf_files,
+    check_output,
+    upstream.check_device,
+    upstream.check_wandb,
+    initial.check_files,
+    upstream.check_compiled_checkpointing,
+    experts.check_exchange,
+    float8.check_device,
+)
+"""Checks of this machine: errors of a training run, warnings of ``nitp-titan check``."""

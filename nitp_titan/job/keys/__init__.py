@@ -1,0 +1,1 @@
+"""The tables of a job file and their keys: names, types, defaults, meanings."""

@@ -1,0 +1,1 @@
+"""Hugging Face counterparts of decoders: architectures, and what their ``config.json`` says."""

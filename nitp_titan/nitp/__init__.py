@@ -1,0 +1,1 @@
+"""The method in plain torch: nothing here imports TorchTitan."""

@@ -1,0 +1,1 @@
+"""Changes to libraries at run time, each with its target, its reason and its end."""

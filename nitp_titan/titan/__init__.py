@@ -1,0 +1,1 @@
+"""The seam to TorchTitan's models: a ``ModelSpec`` and its NITP twin."""

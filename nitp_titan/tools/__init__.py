@@ -1,0 +1,1 @@
+"""What a user asks before a run or after it."""

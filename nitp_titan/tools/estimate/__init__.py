@@ -1,0 +1,1 @@
+"""What a job costs and what its ranks would hold, by formula and on fake ranks."""

@@ -1,0 +1,1 @@
+"""A training checkpoint as a Hugging Face folder."""

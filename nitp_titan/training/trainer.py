@@ -1,0 +1,275 @@
+"""TorchTitan's trainer with NITP: its pair counts, its metrics and the geometry of the last hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torchtitan.components.checkpointer import BaseCheckpointManager
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils as tools
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from nitp_titan.checkpoints.manager import CheckpointManager
+from nitp_titan.float8.config import Float8Config
+from nitp_titan.float8.converter import Float8Converter
+from nitp_titan.float8.layers import (
+    tokens_at_a_time,
+)
+from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.nitp.pairs import counted
+from nitp_titan.runs.tags import NITP, NTP
+from nitp_titan.titan.context import context_shard
+from nitp_titan.titan.rehearsal import isolate_rehearsal
+from nitp_titan.titan.spec import nitp_model_spec
+from nitp_titan.training.copies import CopiesWithoutWaiting
+from nitp_titan.training.joint_loss import JointLoss
+from nitp_titan.training.lr_scheduler import LRSchedulersContainer
+from nitp_titan.training.metrics import MetricsProcessor
+from nitp_titan.training.observers import ExpertLoad, HiddenStateGeometry
+from nitp_titan.training.validator import Validator
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+class NITPTrainer(Trainer):
+    """TorchTitan's trainer; ``config.nitp`` turns its decoder into the NITP twin.
+
+    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``steps_run`` counts this process's steps;
+    ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step.
+
+    Raises:
+        ValueError: the configuration asks for what does not go with NITP; the message says what.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        nitp: NITPConfig = field(default_factory=NITPConfig)
+        """Next Implicit Token Prediction."""
+
+        float8: Float8Config = field(default_factory=Float8Config)
+        """Matrix products in float8."""
+
+        metrics: MetricsProcessor.Config = field(default_factory=MetricsProcessor.Config)
+        validator: Validator.Config = field(default_factory=Validator.Config)
+        lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
+        checkpoint: BaseCheckpointManager.Config = field(default_factory=CheckpointManager.Config)
+
+    def __init__(self, config: Config):
+        super().__init__(with_float8(_with_nitp(config)))
+        self.nitp = config.nitp
+        self.steps_run = 0
+        self._copies = CopiesWithoutWaiting()
+        self.out_of_data = False
+        _check_vocabulary(self.tokenizer, self.model_config)
+        self.geometry = HiddenStateGeometry(self.parallel_dims)
+        self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
+        assert isinstance(self.metrics_processor, MetricsProcessor)
+        self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
+        if self.parallel_dims.pp_enabled:
+            isolate_rehearsal(self.pp_schedule, self._rehearsing)
+
+    def train(self) -> None:
+        """Train as TorchTitan does; where the data end before ``training.steps``, the step before is the last one."""
+        super().train()
+        if not self.out_of_data:
+            return
+        saved = self.steps_run > 0 and self.checkpointer.save(self.step, last_step=True)
+        logger.info(
+            f"The data have ended (dataloader.infinite = false): step {self.step} of {self.config.training.steps} "
+            f"was the run's last one{', and its checkpoint is saved' if saved else ''}"
+        )
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
+        batches = self._batches_of_step(data_iterator)
+        if not self.steps_run:
+            self._take_scheduled_rates()
+        self.steps_run += 1
+        if isinstance(self.loss_fn, JointLoss):
+            self._begin_nitp_step(batches)
+        if self.metrics_processor.should_log(self.step):
+            self.expert_load.begin_step()
+        observe_geometry = bool(self.nitp.geometry_freq) and self.step % self.nitp.geometry_freq == 0
+        with self.geometry.observing(self.model_parts if observe_geometry else []), self._copies:
+            super().train_step(iter(batches))
+        if geometry := self.geometry.take():
+            # A step that TorchTitan did not log.
+            self.metrics_processor.log_values(self.step, geometry)
+
+    def _take_scheduled_rates(self) -> None:
+        """Give the optimizer this job's learning rates, which a checkpoint of another schedule has replaced by its own.
+
+        TorchTitan's schedulers log these, and set them from the second step on.
+        """
+        for scheduler in self.lr_schedulers:
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    def _batches_of_step(self, data_iterator: Iterator[Batch]) -> list[Batch]:
+        num_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        one_pass = not getattr(self.config.dataloader, "infinite", True)
+        before = self.dataloader.state_dict() if one_pass else {}
+        batches = []
+        try:
+            for _ in range(num_batches):
+                batches.append(next(data_iterator))
+        except DataloaderExhaustedError:
+            # TorchTitan has counted this step, and does not take it. What was drawn for it has not been trained on.
+            self.step -= 1
+            self.out_of_data = True
+            if one_pass:
+                self.dataloader.load_state_dict(before)
+            if batches:
+                logger.warning(f"{len(batches)} of {num_batches} micro-batches were left over, too few for a step")
+            raise
+        return batches
+
+    def _begin_nitp_step(self, batches: list[Batch]) -> None:
+        active = self.step >= self.nitp.start_step
+        for part in self.model_parts:
+            part.nitp_active = active  # pyrefly: ignore [bad-assignment]
+        pairs = 0
+        for input_dict, labels in batches if active else []:
+            pairs += int(counted(self.nitp, input_dict.get("positions"), labels).sum())
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        # Filled in there: a copy would wait for the last step.
+        on_device = torch.full((), pairs, dtype=torch.int64, device=self.device)
+        self.loss_fn.begin_step(dist_utils.dist_sum_tensor(on_device, mesh))
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """As TorchTitan's; an NITP decoder also gets the labels, since it returns its losses, and where NITP counts."""
+        whole_labels, positions = labels, input_dict.get("positions")
+        inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
+        if isinstance(self.loss_fn, JointLoss):
+            pairs = counted(self.nitp, positions, whole_labels)
+            extra_kwargs["labels"] = labels
+            extra_kwargs["pairs"] = context_shard(pairs, self.parallel_dims, self.config.parallelism)
+        self.geometry.expect(labels)
+        return inputs, labels, extra_kwargs
+
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """As TorchTitan's; the experts' loads are read before the optimizer step clears them.
+
+        Where no label of a step counts its loss is zero and so are its gradients, whatever the loss: TorchTitan's own
+        divides by the number of labels, 0 / 0. All other steps have a number of at least 1, which stays what it is.
+        """
+        with self._copies.paused():
+            loss = super().forward_backward_step(global_valid_tokens=global_valid_tokens.clamp(min=1), **kwargs)
+        self.expert_load.end_micro_batch()
+        return loss
+
+    @contextlib.contextmanager
+    def _rehearsing(self) -> Iterator[None]:
+        """What is inside leaves no trace: neither in our sums nor, with NITP, in the model's counters."""
+        counters = [buffer for part in self.model_parts for buffer in part.buffers()]
+        joint = isinstance(self.loss_fn, JointLoss)
+        kept = [*counters, self.loss_fn.parts] if joint else []
+        values = [tensor.clone() for tensor in kept]
+        with self.geometry.paused():
+            yield
+        for tensor, value in zip(kept, values, strict=True):
+            tensor.copy_(value)
+
+    def _loss_parts(self) -> dict[str, float]:
+        if not isinstance(self.loss_fn, JointLoss):
+            return {}
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        ntp, nitp = dist_utils.dist_sum_tensor(self.loss_fn.parts, mesh).tolist()
+        return {NTP: ntp, NITP: nitp} if self.step >= self.nitp.start_step else {NTP: ntp}
+
+
+def _with_nitp(config: NITPTrainer.Config) -> NITPTrainer.Config:
+    """Return the configuration that TorchTitan's trainer is to see."""
+    if problems := list(_problems(config)):
+        raise ValueError("; ".join(problems))
+    if not config.nitp.enable:
+        return config
+    assert isinstance(config.loss, JointLoss.Config)
+    return dataclasses.replace(
+        config,
+        model_spec=nitp_model_spec(
+            config.model_spec,
+            config.nitp,
+            chunk_tokens=config.loss.chunk_tokens,
+            implementation=config.loss.implementation,
+        ),
+        loss=dataclasses.replace(config.loss, weight=config.nitp.weight),
+    )
+
+
+def _check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+    """Refuse a tokenizer whose ids the embedding does not have, before an index error in the first step does."""
+    vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+    size = max(vocabulary, default=tokenizer.get_vocab_size() - 1) + 1
+    if size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {size - 1:,}, expected less than the model's vocabulary of "
+            f"{model_config.vocab_size:,}"
+        )
+
+
+def _problems(config: NITPTrainer.Config) -> Iterator[str]:
+    """Yield what does not go together. The job layer says the same with file and line; this is for other ways here."""
+    nitp, parallelism = config.nitp, config.parallelism
+    for name, part, ours in (("metrics", config.metrics, MetricsProcessor), ("validator", config.validator, Validator)):
+        if not isinstance(part, ours.Config):
+            yield f"{name}: found {type(part).__module__}'s Config, expected {ours.__module__}'s"
+    # Elsewhere TorchTitan says that there are none, and goes on.
+    if not config.training.disable_cuda_graphs and tools.device_type == "cuda":
+        for key in ("geometry_freq", "start_step"):
+            if getattr(nitp, key) > 0 and (nitp.enable or key == "geometry_freq"):
+                found = getattr(nitp, key)
+                yield f"nitp.{key}: found {found}, expected 0 with CUDA graphs: a recorded step repeats itself"
+    if not nitp.enable:
+        if isinstance(config.loss, JointLoss.Config):
+            yield "nitp.enable is off, which is stock TorchTitan: JointLoss does not go with it"
+        return
+    if not isinstance(config.loss, JointLoss.Config):
+        yield f"NITP needs loss JointLoss, found {config.loss}"
+    if parallelism.spmd_backend != "partial_dtensor":
+        yield f'parallelism.spmd_backend: found {parallelism.spmd_backend!r}, expected "partial_dtensor" with NITP'
+    if parallelism.context_parallel_degree > 1:
+        if parallelism.context_parallel_load_balancer == "ptrr":
+            yield 'parallelism.context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" with NITP'
+        if nitp.loss == "generic_cosine":
+            found = parallelism.context_parallel_degree
+            yield f'parallelism.context_parallel_degree: found {found}, expected 1 with nitp.loss = "generic_cosine"'
+
+
+def with_float8(config: NITPTrainer.Config) -> NITPTrainer.Config:
+    """Return the trainer's configuration with its model converted; the same object where ``float8.recipe`` is "none".
+
+    Raises:
+        ValueError: the conversion does not go; the message names the key.
+    """
+    if config.float8.recipe == "none":
+        return config
+    training, parallelism, compile_config = config.training, config.parallelism, config.compile
+    tokens = tokens_at_a_time(
+        training.local_batch_size,
+        training.seq_len,
+        context=parallelism.context_parallel_degree,
+        pipeline=parallelism.pipeline_parallel_degree,
+        microbatch=parallelism.pipeline_parallel_microbatch_size,
+    )
+    converter = Float8Converter.Config(
+        float8=config.float8,
+        tokens=tokens,
+        tensor_parallel=parallelism.tensor_parallel_degree,
+        expert_parallel=parallelism.expert_parallel_degree,
+        model_compile_enabled=compile_config.enable and "model" in compile_config.components,
+    ).build()
+    # A copy: the caller's specification stays as it was.
+    model = converter.convert(copy.deepcopy(config.model_spec.model))
+    return dataclasses.replace(config, model_spec=dataclasses.replace(config.model_spec, model=model))
