@@ -29,6 +29,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from nitp_titan.nitp.chunked_sum import ChunkedSum, Implementation
 from nitp_titan.nitp.config import CHUNK_TOKENS, PROJECTOR_PREFIX, NITPConfig, has_projector
+from nitp_titan.nitp.objective import Projector
 from nitp_titan.nitp.sequence_shards import SequenceShards
 from nitp_titan.titan.loss_head import loss_head_config
 from nitp_titan.titan.retyped import retyped
@@ -67,16 +68,32 @@ def _twin_class(base: type[Decoder]) -> Any:
     return Twin
 
 
-def _projector_config(dim: int, nitp: NITPConfig) -> FeedForward.Config | None:
-    """The projector as a TorchTitan module, so that it is sharded, compiled and converted like any feed-forward.
+class ProjectorModule(FeedForward):
+    """The method's :class:`nitp_titan.nitp.objective.Projector` in a TorchTitan module of the same parameters.
 
-    Same arithmetic and parameter names as :class:`nitp_titan.nitp.objective.Projector`. The paper does not say how it
-    is initialized: normal with standard deviation 0.02, as the blocks are.
+    As such it is sharded, compiled, converted to float8 and counted like any feed-forward; what it computes is written
+    in the method's room alone.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FeedForward.Config):
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Projector.forward(self, x)  # pyrefly: ignore [bad-argument-type]
+
+
+def _projector_config(dim: int, nitp: NITPConfig) -> FeedForward.Config | None:
+    """Return the projector's configuration; None where training has none.
+
+    The paper does not say how it is initialized: normal with standard deviation 0.02, as the blocks are.
     """
     if not has_projector(nitp):
         return None
     init = {"weight": partial(nn.init.normal_, std=0.02)}
-    return make_ffn_config(dim=dim, hidden_dim=nitp.projector_ratio * dim, w1_param_init=init, w2w3_param_init=init)
+    hidden = nitp.projector_ratio * dim
+    plain = make_ffn_config(dim=dim, hidden_dim=hidden, w1_param_init=init, w2w3_param_init=init)
+    return retyped(plain, ProjectorModule.Config)
 
 
 def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Module:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from nitp_titan.cli import main as cli
 from nitp_titan.job import load_job
 from nitp_titan.job.backbone import model_spec
 from nitp_titan.titan.spec import nitp_model_spec
@@ -302,7 +301,7 @@ def test_interrupt_is_quiet(capsys, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_job", interrupt)
+    monkeypatch.setattr("nitp_titan.cli.check.load_job", interrupt)
     assert cli_main(capsys, "check", DEBUG) == (130, "", "")
 
 

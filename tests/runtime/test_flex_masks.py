@@ -52,7 +52,7 @@ def test_decoders_create_their_masks_where_the_shim_is():
     """In a process without a CPU's attention: what a decoder asks for arrives at what the shim replaces."""
     code = """
 import torch
-from nitp_titan.runtime import flex_masks
+from nitp_titan.runtime.shims import flex_masks
 from torchtitan.models.common import attention, decoder
 seen = []
 attention._compiled_create_block_mask = lambda *args, **options: seen.append(sorted(options)) or "mask"

@@ -32,7 +32,7 @@ def test_importing_the_mathematics_patches_nothing():
     code = """
 import torch.distributed
 before = dict(vars(torch.distributed))
-import nitp_titan.objective, nitp_titan.geometry, nitp_titan.runtime
+import nitp_titan.nitp.objective, nitp_titan.nitp.geometry, nitp_titan.runtime
 import sys
 print(vars(torch.distributed) == before, any(name.startswith("torchtitan") for name in sys.modules))
 """

@@ -341,7 +341,8 @@ def test_command(capsys, in_the_root):
 
 def test_command_refuses_what_torch_refuses(capsys, in_the_root, monkeypatch):
     # 640 rows of an expert for 24 ranks, which the job's own checks would tell.
-    monkeypatch.setattr("nitp_titan.job.layout.experts_divide", lambda *args, **kwargs: True)
+    for place in ("layout", "checks.experts"):
+        monkeypatch.setattr(f"nitp_titan.job.{place}.experts_divide", lambda *args, **kwargs: True)
     words = ["--ngpu", "192", EXPERT, "8", "--training.local_batch_size=1", "--training.global_batch_size=192"]
     words += ["--dataloader.num_streams=192"]
     if machine.torch_version() < (2, 13):
