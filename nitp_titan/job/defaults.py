@@ -8,7 +8,7 @@ from nitp_titan.job.checks.hf_weights import note_partial
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.layout import DEGREES, Layout, expert_degree, shard_degree
-from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.nitp.config import REGULARISER, NITPConfig
 from nitp_titan.runtime import machine
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def _geometry(draft: Draft) -> None:
 
 def _target_layer(draft: Draft) -> None:
     # Written out, so that the resolved file says which layer it was; "none" asks for the same choice.
-    chosen = draft.get("nitp", "enable") and draft.get("nitp", "loss") != "generic_cosine"
+    chosen = draft.get("nitp", "enable") and draft.get("nitp", "loss") != REGULARISER
     if chosen and draft.get("nitp", "target_layer") is None:
         draft.replace("nitp", "target_layer", NITPConfig().target_layer_of(draft.facts().n_layers))
 

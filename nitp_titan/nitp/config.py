@@ -8,9 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-LossKind = Literal["cosine", "mse", "smooth_l1", "kl", "generic_cosine"]
+REGULARISER = "generic_cosine"
+"""The baseline that has no target and no projector: it spreads the hidden states of a sequence apart."""
+
+LOSS_KINDS: dict[str, int] = {"cosine": 24, "mse": 16, "smooth_l1": 16, "kl": 32, REGULARISER: 24}
+"""``nitp.loss`` -> bytes a token and feature that it takes at its peak, beyond the projector (measured).
+
+A new kind is an entry here and its distance in ``objective.DISTANCES``.
+"""
+
+if TYPE_CHECKING:
+    LossKind = str
+else:
+    LossKind = Literal[tuple(LOSS_KINDS)]
 ProjectorKind = Literal["swiglu", "none"]
 Shift = Literal[0, 1]
 
@@ -60,6 +72,11 @@ class NITPConfig:
 
     geometry_freq: int = 100
     """Steps between geometry metrics (effective rank, mean cosine similarity); 0 = off."""
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the loss compares a prediction with a target, as all but the regulariser do."""
+        return self.loss != REGULARISER
 
     def __post_init__(self) -> None:
         problems = [f"nitp.{key}: {message}" for key, message in self.problems()]
@@ -113,7 +130,7 @@ class NITPConfig:
 
 def has_projector(nitp: NITPConfig) -> bool:
     """Whether training has a projector."""
-    return nitp.enable and nitp.projector == "swiglu" and nitp.loss != "generic_cosine"
+    return nitp.enable and nitp.projector == "swiglu" and nitp.has_target
 
 
 def projector_params(dim: int, nitp: NITPConfig) -> int:

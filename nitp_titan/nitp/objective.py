@@ -10,13 +10,13 @@ Shapes are suffixes of names:
 from __future__ import annotations
 
 import difflib
-from typing import get_args
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_titan.nitp.config import LossKind, NITPConfig
+from nitp_titan.nitp.config import LOSS_KINDS, REGULARISER, LossKind, NITPConfig
 
 __all__ = [
     "NITPConfig",
@@ -27,8 +27,6 @@ __all__ = [
     "scaled_rows",
     "shift_left",
 ]
-
-LOSS_KINDS: tuple[str, ...] = get_args(LossKind)
 
 
 class Projector(nn.Module):
@@ -165,7 +163,7 @@ def nitp_loss(
             f" {tuple(prediction.shape)}"
         )
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    if kind == "generic_cosine":
+    if kind == REGULARISER:
         if prediction.ndim < 2:
             raise ValueError(f"prediction: found shape {tuple(prediction.shape)}, expected (..., L, D)")
         return _generic_cosine(_select(prediction, mask).to(dtype), mask)
@@ -178,17 +176,7 @@ def nitp_loss(
         target = target.detach()
     dtype = torch.promote_types(dtype, target.dtype)
     prediction, target = _select(prediction, mask).to(dtype), _select(target, mask).to(dtype)
-    if kind == "cosine":
-        (p, p_norm), (t, t_norm) = scaled_rows(prediction), scaled_rows(target)
-        distance = 1 - (p * t).sum(-1) / (p_norm * t_norm)
-    elif kind == "mse":
-        distance = F.mse_loss(prediction, target, reduction="none").mean(-1)
-    elif kind == "smooth_l1":
-        distance = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
-    else:
-        log_p, log_t = prediction.log_softmax(-1), target.log_softmax(-1)
-        distance = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1)
-    return torch.where(mask, distance, 0).sum()
+    return torch.where(mask, DISTANCES[kind](prediction, target), 0).sum()
 
 
 def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +197,36 @@ def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     zero = scale < torch.finfo(x.dtype).tiny
     rows = x / torch.where(zero, torch.inf, scale)
     return rows, torch.where(zero.squeeze(-1), 1, torch.linalg.vector_norm(rows, dim=-1))
+
+
+def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    (p, p_norm), (t, t_norm) = scaled_rows(prediction), scaled_rows(target)
+    return 1 - (p * t).sum(-1) / (p_norm * t_norm)
+
+
+def _mse(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction, target, reduction="none").mean(-1)
+
+
+def _smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+
+
+def _kl(prediction: Tensor, target: Tensor) -> Tensor:
+    log_p, log_t = prediction.log_softmax(-1), target.log_softmax(-1)
+    return F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "mse": _mse,
+    "smooth_l1": _smooth_l1,
+    "kl": _kl,
+}
+"""Kind of loss -> the distance of predictions and targets (..., D) for each row (...), in fp32 or float64."""
+
+if DISTANCES.keys() != LOSS_KINDS.keys() - {REGULARISER}:
+    raise RuntimeError(f"DISTANCES has {', '.join(DISTANCES)}, expected those of config.LOSS_KINDS")
 
 
 def _generic_cosine(h_LD: Tensor, mask_L: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from nitp_titan.nitp.objective import pair_mask
 
 def nitp_shift(nitp: NITPConfig) -> int:
     """The shift that decides which positions count: the generic-cosine baseline has no target, so none."""
-    return 0 if nitp.loss == "generic_cosine" else nitp.shift
+    return nitp.shift if nitp.has_target else 0
 
 
 def counted(nitp: NITPConfig, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class NITPDecoder:
     @property
     def receives_target(self) -> bool:
         """Whether the previous pipeline stage sends the target along with the residual stream."""
-        if self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+        if not self.config.nitp.has_target:  # pyrefly: ignore [missing-attribute]
             return False
         last = len(self.config.layers)  # pyrefly: ignore [missing-attribute]
         # pyrefly: ignore [missing-attribute]
@@ -79,7 +79,7 @@ class NITPDecoder:
     @property
     def sends_target(self) -> bool:
         """Whether a later pipeline stage needs the target from here."""
-        if self.lm_head is not None or self.config.nitp.loss == "generic_cosine":  # pyrefly: ignore [missing-attribute]
+        if self.lm_head is not None or not self.config.nitp.has_target:  # pyrefly: ignore [missing-attribute]
             return False
         return self._has_target or self.receives_target
 
@@ -164,7 +164,7 @@ class NITPDecoder:
             mask_BL: (B, L) bool, as ``h_BLD``.
         """
         nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
-        if nitp.loss == "generic_cosine":
+        if not nitp.has_target:
             return self._nitp_loss(local_as(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
         # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
         shards = self.sequence.tensor

@@ -36,7 +36,7 @@ def model_rows(job: Job) -> dict[str, str]:
     assert model is not None, "a job whose costs are counted has a model"
     widths = {"model": model.dim, "feed-forward": model.hidden_dim, "an expert": model.expert_hidden_dim}
     heads = f"{model.n_heads}" + (f", {model.n_kv_heads} key-value" if model.n_kv_heads else "")
-    targeted = nitp.enable and nitp.loss != "generic_cosine"
+    targeted = nitp.enable and nitp.has_target
     return {
         "blocks": f"{model.n_layers}",
         "widths": ", ".join(f"{name} {width:,}" for name, width in widths.items() if width),

@@ -82,7 +82,7 @@ def _nitp(job: Job) -> str:
     nitp = job.nitp
     if not nitp.enable:
         return "off: stock TorchTitan"
-    if nitp.loss == "generic_cosine":
+    if not nitp.has_target:
         return f"generic cosine regulariser, weight {nitp.weight:g} (no target, no projector)"
     target = target_of(job)
     which = "next token" if nitp.shift else "same position"

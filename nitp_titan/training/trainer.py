@@ -242,7 +242,7 @@ def _problems(config: NITPTrainer.Config) -> Iterator[str]:
     if parallelism.context_parallel_degree > 1:
         if parallelism.context_parallel_load_balancer == "ptrr":
             yield 'parallelism.context_parallel_load_balancer: found "ptrr", expected "headtail" or "none" with NITP'
-        if nitp.loss == "generic_cosine":
+        if not nitp.has_target:
             found = parallelism.context_parallel_degree
             yield f'parallelism.context_parallel_degree: found {found}, expected 1 with nitp.loss = "generic_cosine"'
 

@@ -353,7 +353,7 @@ def test_peak_of_the_cross_entropy_is_that_of_a_real_one(eager):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [256, 1024])
-@pytest.mark.parametrize("kind", estimate._LOSS_BYTES)
+@pytest.mark.parametrize("kind", estimate.LOSS_KINDS)
 def test_peak_of_the_nitp_loss_is_that_of_a_real_one(kind, chunk_tokens, eager):
     nitp, tokens = NITPConfig(loss=kind, projector_ratio=3), 1024
     implementation = "fast" if eager else "reference"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem
 from nitp_titan.job.layout import DEGREES, Layout
+from nitp_titan.nitp.config import REGULARISER
 from nitp_titan.runtime import machine
 
 FLEX_BLOCK = 128
@@ -102,7 +103,7 @@ def check_context(draft: Draft) -> Iterator[Problem]:
                 'found "ptrr", expected "headtail" or "none" with NITP: a token\'s successor could be on any rank',
                 "it changes no loss",
             )
-        if draft.get("nitp", "loss") == "generic_cosine":
+        if draft.get("nitp", "loss") == REGULARISER:
             yield draft.problem(
                 "parallelism",
                 "context_parallel_degree",

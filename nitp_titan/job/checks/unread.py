@@ -14,6 +14,7 @@ from nitp_titan.job.errors import quote
 from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.loss_name import loss_name
 from nitp_titan.job.shape import shape_of
+from nitp_titan.nitp.config import REGULARISER
 
 _PIPELINE = "parallelism.pipeline_parallel_degree"
 _SPLIT = ("pipeline_parallel_first_stage_less_layers", "pipeline_parallel_last_stage_less_layers")
@@ -65,7 +66,7 @@ def gates() -> Iterator[Gate | Rule]:
     yield Rule("model.shape", ("hidden_dim",), "model.shape.n_dense_layers", _no_dense_block)
     yield Gate("nitp", tuple(key for key in _keys("nitp") if key not in ("enable", "geometry_freq")), "nitp.enable")
     compared = ("target_layer", "projector", "projector_ratio", "shift", "stop_gradient")
-    yield Gate("nitp", compared, "nitp.loss", lambda loss: loss != "generic_cosine")
+    yield Gate("nitp", compared, "nitp.loss", lambda loss: loss != REGULARISER)
     yield Gate("nitp", ("projector_ratio",), "nitp.projector", lambda projector: projector != "none")
     yield Gate("float8", ("filter_fqns", "experts", "emulate"), "float8.recipe", lambda recipe: recipe != "none")
     yield from _data_gates("dataloader")

@@ -77,7 +77,7 @@ def _groups(model: RankModel, job: Job, parts: Parts, run: Run) -> Iterator[Rank
     stage = None
     if job.layout.pipeline > 1:
         target = job.nitp.target_layer_of(len(parts.blocks)) if job.nitp.enable else None
-        stage = _stage(model, None if job.nitp.loss == "generic_cosine" else target)
+        stage = _stage(model, target if job.nitp.has_target else None)
     estimate = memory(parts, job.nitp, job.layout, run, stage)
     assert estimate is not None, "a rank of a pipeline has a stage"
     # The parameters of most blocks are of the same kinds.

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nitp_titan.models.costs import Block, Parts
-from nitp_titan.nitp.config import NITPConfig, has_projector, projector_params
+from nitp_titan.nitp.config import LOSS_KINDS, NITPConfig, has_projector, projector_params
 
 if TYPE_CHECKING:
     from nitp_titan.job.layout import Layout
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 CAPACITY = 80e9
 """Bytes of a rank that the estimate may take on an 80 GB GPU."""
-
-# Bytes per token and feature, beyond the projector, at the peak of a loss that computes in fp32 (measured).
-_LOSS_BYTES = {"cosine": 24, "mse": 16, "smooth_l1": 16, "kl": 32, "generic_cosine": 24}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,13 +187,13 @@ class _Rank:
         """Bytes at the peak of the NITP loss, of a rank with this many tokens of a micro-batch."""
         c, d, tensor = self.run.compute_bytes, self.parts.dim, self.layout.tensor
         rows = tokens / self.sequence
-        if nitp.loss == "generic_cosine":
-            return tokens * _LOSS_BYTES[nitp.loss] * d
+        if not nitp.has_target:
+            return tokens * LOSS_KINDS[nitp.loss] * d
         at_a_time = nitp.projector_tokens(self.run.logits_tokens, dim=d, vocab_size=self.parts.vocab_size)
         in_chunk = min(at_a_time / self.sequence, rows)
         # Gate, its activation, up and their product, of the rows that all ranks of the group have in a chunk.
         inner = 4 * nitp.projector_ratio * d * c * self.sequence / tensor if has_projector(nitp) else 0
-        size = in_chunk * (inner + _LOSS_BYTES[nitp.loss] * d)
+        size = in_chunk * (inner + LOSS_KINDS[nitp.loss] * d)
         # The last hidden states once more, in the order in which a chunk has rows of every rank's part.
         size += tokens * d * c * (self.sequence > 1)
         if self.run.eager_loss and nitp.stop_gradient:
