@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ class CheckpointManager(Upstream):
     @dataclass(kw_only=True, slots=True)
     class Config(Upstream.Config):
         pass
+
+    after_save: Callable[[], None] | None = None
+    """Called after each checkpoint that was saved, or whose saving goes on in the background."""
+
+    def save(self, curr_step: int, last_step: bool = False) -> bool:
+        """Save a checkpoint where one is due, as TorchTitan does; return whether there was one."""
+        saved = super().save(curr_step, last_step)
+        if saved and self.after_save is not None:
+            self.after_save()
+        return saved
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,20 +17,42 @@ from torchtitan.tools import utils as tools
 from nitp_titan.nitp.dtensors import local
 from nitp_titan.nitp.geometry import GeometryStatistics
 from nitp_titan.runs.tags import EFFECTIVE_RANK, MAX_LOAD, MEAN_COSINE
+from nitp_titan.training.hooks import Hook, Moment
+
+Log = Callable[[int, dict[str, float]], None]
+"""(step, metrics) -> logged."""
 
 
-class HiddenStateGeometry:
+class HiddenStateGeometry(Hook):
     """Effective rank and mean cosine similarity of a step's last hidden states (paper section 5).
 
     Over the valid tokens of all micro-batches and data-parallel ranks: no sampling, so that every layout of the same
     batch measures the same. The states are read behind the final norm, where the unembedding sees them.
     """
 
-    def __init__(self, parallel_dims: ParallelDims):
-        self._parallel_dims = parallel_dims
+    def __init__(self, parallel_dims: ParallelDims, freq: int = 0, log: Log | None = None):
+        """Observe every ``freq`` steps, 0 = none.
+
+        Args:
+            log: is given what :meth:`take` has of a step that was observed and whose metrics were not logged.
+        """
+        self._parallel_dims, self._freq, self._log = parallel_dims, freq, log
+        self._of_step = contextlib.ExitStack()
         self._observing = False
         self._valid_BL: list[torch.Tensor] = []
         self._statistics: GeometryStatistics | None = None
+
+    def begin_step(self, moment: Moment) -> None:
+        observed = bool(self._freq) and moment.step % self._freq == 0
+        self._of_step.enter_context(self.observing(moment.model_parts if observed else []))
+
+    def end_step(self, moment: Moment) -> None:
+        self._of_step.close()
+        if (geometry := self.take()) and self._log is not None:
+            self._log(moment.step, geometry)
+
+    def close(self, moment: Moment) -> None:
+        self._of_step.close()
 
     @contextlib.contextmanager
     def observing(self, model_parts: list[nn.Module]) -> Iterator[None]:
@@ -89,7 +111,7 @@ class HiddenStateGeometry:
         }
 
 
-class ExpertLoad:
+class ExpertLoad(Hook):
     """The largest load of a routed expert over the mean of its layer, the worst layer's; 1 is perfect balance."""
 
     def __init__(self, parallel_dims: ParallelDims, model_parts: list[nn.Module]):
@@ -100,12 +122,12 @@ class ExpertLoad:
         self._before_LE: torch.Tensor | None = None
         self._after_LE: torch.Tensor | None = None
 
-    def begin_step(self) -> None:
+    def begin_step(self, moment: Moment) -> None:
         """Note the counts before a step that is to be logged: TorchTitan clears them only where it balances loads."""
-        if self._counters:
+        if self._counters and moment.logged:
             self._before_LE, self._after_LE = self._counts(), None
 
-    def end_micro_batch(self) -> None:
+    def end_micro_batch(self, moment: Moment) -> None:
         """Note the counts after a micro-batch, if the step is to be logged."""
         if self._before_LE is not None:
             self._after_LE = self._counts()

@@ -30,7 +30,9 @@ from nitp_titan.runs.tags import NITP, NTP
 from nitp_titan.titan.context import context_shard
 from nitp_titan.titan.rehearsal import isolate_rehearsal
 from nitp_titan.titan.spec import nitp_model_spec
+from nitp_titan.training import hooks
 from nitp_titan.training.copies import CopiesWithoutWaiting
+from nitp_titan.training.hooks import Hook
 from nitp_titan.training.joint_loss import JointLoss
 from nitp_titan.training.lr_scheduler import LRSchedulersContainer
 from nitp_titan.training.metrics import MetricsProcessor
@@ -43,7 +45,8 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 class NITPTrainer(Trainer):
     """TorchTitan's trainer; ``config.nitp`` turns its decoder into the NITP twin.
 
-    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``steps_run`` counts this process's steps;
+    With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``hooks`` are told of the run's moments; one is
+    added before the first step. ``steps_run`` counts this process's steps;
     ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step.
 
     Raises:
@@ -70,9 +73,14 @@ class NITPTrainer(Trainer):
         self._copies = CopiesWithoutWaiting()
         self.out_of_data = False
         _check_vocabulary(self.tokenizer, self.model_config)
-        self.geometry = HiddenStateGeometry(self.parallel_dims)
-        self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
         assert isinstance(self.metrics_processor, MetricsProcessor)
+        log = self.metrics_processor.log_values
+        self.geometry = HiddenStateGeometry(self.parallel_dims, config.nitp.geometry_freq, log)
+        self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
+        self.hooks: list[Hook] = [self.expert_load, self.geometry]
+        self.optimizers.register_step_pre_hook(lambda *args, **kwargs: self._tell("before_optimizer"))
+        if isinstance(self.checkpointer, CheckpointManager):
+            self.checkpointer.after_save = lambda: self._tell("saved")
         self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
         if self.parallel_dims.pp_enabled:
             isolate_rehearsal(self.pp_schedule, self._rehearsing)
@@ -96,14 +104,20 @@ class NITPTrainer(Trainer):
         self.steps_run += 1
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)
-        if self.metrics_processor.should_log(self.step):
-            self.expert_load.begin_step()
-        observe_geometry = bool(self.nitp.geometry_freq) and self.step % self.nitp.geometry_freq == 0
-        with self.geometry.observing(self.model_parts if observe_geometry else []), self._copies:
+        self._tell("begin_step")
+        with self._copies:
             super().train_step(iter(batches))
-        if geometry := self.geometry.take():
-            # A step that TorchTitan did not log.
-            self.metrics_processor.log_values(self.step, geometry)
+        self._tell("end_step")
+
+    def close(self) -> None:
+        """End the run, as TorchTitan does."""
+        if hasattr(self, "hooks"):  # a configuration that was refused has none yet
+            self._tell("close")
+        super().close()
+
+    def _tell(self, name: hooks.Name) -> None:
+        logged = self.metrics_processor.should_log(self.step)
+        hooks.tell(self.hooks, name, hooks.Moment(step=self.step, logged=logged, model_parts=self.model_parts))
 
     def _take_scheduled_rates(self) -> None:
         """Give the optimizer this job's learning rates, which a checkpoint of another schedule has replaced by its own.
@@ -166,7 +180,7 @@ class NITPTrainer(Trainer):
         """
         with self._copies.paused():
             loss = super().forward_backward_step(global_valid_tokens=global_valid_tokens.clamp(min=1), **kwargs)
-        self.expert_load.end_micro_batch()
+        self._tell("end_micro_batch")
         return loss
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from torch import nn
 
 from nitp_titan.nitp.geometry import effective_rank
+from nitp_titan.training.hooks import Moment
 from nitp_titan.training.observers import ExpertLoad, HiddenStateGeometry
 
 ALONE = SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1)
+
+
+LOGGED = Moment(step=1, logged=True, model_parts=[])
 
 
 def part_with_norm() -> SimpleNamespace:
@@ -59,20 +64,21 @@ def test_expert_load_is_the_steps_own_worst_ratio():
     # Counts that no balancing clears: what earlier steps added is not this step's.
     layers = [Counter([10.0, 0.0, 0.0, 0.0]), Counter([0.0, 0.0, 0.0, 100.0])]
     load = ExpertLoad(ALONE, [nn.ModuleList(layers)])
-    load.begin_step()
+    load.begin_step(LOGGED)
     layers[0].tokens_per_expert_E += torch.tensor([4.0, 4.0, 4.0, 4.0])
-    load.end_micro_batch()
+    load.end_micro_batch(LOGGED)
     layers[1].tokens_per_expert_E += torch.tensor([8.0, 4.0, 2.0, 2.0])
-    load.end_micro_batch()
+    load.end_micro_batch(LOGGED)
     assert load.take() == {"moe/max_load": 2.0}
     assert load.take() == {}
 
 
 def test_expert_load_is_silent_without_experts_and_between_logging_steps():
     dense = ExpertLoad(ALONE, [nn.Linear(2, 2)])
-    dense.begin_step()
-    dense.end_micro_batch()
+    dense.begin_step(LOGGED)
+    dense.end_micro_batch(LOGGED)
     assert dense.take() == {}
     load = ExpertLoad(ALONE, [Counter([1.0, 2.0])])
-    load.end_micro_batch()
+    load.begin_step(replace(LOGGED, logged=False))
+    load.end_micro_batch(LOGGED)
     assert load.take() == {}
