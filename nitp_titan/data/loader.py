@@ -10,9 +10,10 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from nitp_titan.data.bad_text import ON_BAD_TEXT, OnBadText
+from nitp_titan.data.bad_text import ON_BAD_TEXT
 from nitp_titan.data.corpus import ShardedCorpus, open_corpus
 from nitp_titan.data.errors import DataError
+from nitp_titan.data.keys import DataloaderKeys
 from nitp_titan.data.prefetch import Prefetcher
 from nitp_titan.data.streams import Batch, Cursor, RankSequences, make_source
 
@@ -34,40 +35,8 @@ class TextDataLoader(BaseDataLoader):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseDataLoader.Config):
-        dataset: str = "text"
-        """"text" (files), "python_stdlib", a TorchTitan data set (c4, c4_test, c4_validation) or "hub:owner/name"."""
-
-        dataset_path: str | None = None
-        """File, folder or glob of .txt, .jsonl (also .gz, .zst) and .parquet files; another path for c4*."""
-
-        text_field: str = "text"
-        """Key or column of the text in .jsonl and .parquet files and hub data sets."""
-
-        split: str = "train"
-        """Split of a hub data set."""
-
-        seed: int = 0
-        """Seed of the order of documents, at least 0."""
-
-        num_streams: int = 64
-        """Virtual streams: a multiple of every data-parallel degree of the job. Another number: other data."""
-
-        streaming: bool = False
-        """Read in order from files or the hub, without a copy on disk. TorchTitan's c4 always does."""
-
-        shuffle_buffer: int = 1000
-        """Documents shuffled at a time where they are read in order; documents in memory are shuffled all together."""
-
-        infinite: bool = True
-        """Start again at the end of the corpus; if not, pass once through it, in its own order, padding the end."""
-
-        on_bad_text: OnBadText = "error"
-        """What becomes of a document that is not UTF-8: "error" refuses it, "replace" puts U+FFFD, "skip" leaves it
-        out. The log counts them, with file and row."""
-
-        prefetch: int = 2
-        """Batches prepared ahead by a background thread; 0 for none."""
+    class Config(DataloaderKeys, BaseDataLoader.Config):
+        pass
 
     def __init__(
         self,

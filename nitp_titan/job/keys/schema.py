@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nitp_titan.data.keys import DataloaderKeys
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.job.keys import tables
 from nitp_titan.job.keys.types import is_list, parse_type
@@ -29,11 +30,11 @@ OUR_TABLES: dict[str, type] = {
     "nitp": NITPConfig,
     "float8": Float8Config,
     "tokenizer": tables.TokenizerTable,
-    "dataloader": tables.DataloaderTable,
+    "dataloader": DataloaderKeys,
     "optimizer": tables.OptimizerTable,
     "loss": tables.LossTable,
     "activation_checkpoint": tables.ActivationCheckpointTable,
-    "validator.dataloader": tables.DataloaderTable,
+    "validator.dataloader": DataloaderKeys,
 }
 """Table -> the dataclass that defines it."""
 
