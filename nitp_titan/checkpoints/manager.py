@@ -79,7 +79,6 @@ class CheckpointManager(Upstream):
 
     def _write_hf_config(self, folder: Path) -> None:
         try:
-            # pyrefly: ignore [missing-attribute]
             values = hf_config(backbone_config(self.sd_adapter.model_config))
         except ValueError as error:
             logger.warning(f"{folder} has no config.json: {error}")

@@ -33,7 +33,7 @@ def float8_experts_config(experts: GroupedExperts.Config, *, emulate: bool) -> G
 def _float8_experts_class(base: type[GroupedExperts], emulate: bool) -> Any:
     op_config = Float8TrainingOpConfig()
 
-    class Float8Experts(base):  # pyrefly: ignore [invalid-inheritance]
+    class Float8Experts(base):
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             pass
@@ -59,14 +59,12 @@ class EmulatedGroupedMM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # pyrefly: ignore [bad-override]
-        ctx: Any, a_RK: torch.Tensor, b_EKN: torch.Tensor, offs_E: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, a_RK: torch.Tensor, b_EKN: torch.Tensor, offs_E: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(a_RK, b_EKN, offs_E)
         return grouped_mm(_rounded(a_RK, -1), _rounded(b_EKN, -2), offs_E).to(a_RK.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_RN: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad_RN: torch.Tensor) -> Any:
         a_RK, b_EKN, offs_E = ctx.saved_tensors
         b_ENK = b_EKN.transpose(-2, -1)
         a_grad_RK = grouped_mm(_rounded(grad_RN, -1), _rounded(b_ENK, -2), offs_E)

@@ -54,7 +54,7 @@ class ErnieStateDictAdapter(DeepSeekV3StateDictAdapter):
         Raises:
             KeyError: a name that the architecture has no place for.
         """
-        if self.model_config.enable_weight_tying:  # pyrefly: ignore [missing-attribute]
+        if self.model_config.enable_weight_tying:
             state_dict = {key: value for key, value in state_dict.items() if key != "lm_head.weight"}
             (self.fqn_to_index_mapping or {}).pop("lm_head.weight", None)
         renamed = super().to_hf(state_dict)
@@ -65,6 +65,6 @@ class ErnieStateDictAdapter(DeepSeekV3StateDictAdapter):
         state_dict = super().from_hf(
             {key: value.squeeze(0) if key.endswith(_BIAS) else value for key, value in hf_state_dict.items()}
         )
-        if self.model_config.enable_weight_tying:  # pyrefly: ignore [missing-attribute]
+        if self.model_config.enable_weight_tying:
             state_dict["lm_head.weight"] = state_dict["tok_embeddings.weight"]
         return state_dict

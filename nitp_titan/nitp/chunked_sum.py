@@ -122,7 +122,7 @@ def eager_sum(
 
 class _EagerSum(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyrefly: ignore [bad-override]
+    def forward(
         ctx: Any,
         chunk_loss: ChunkLoss,
         h_STD: torch.Tensor,
@@ -168,7 +168,7 @@ class _EagerSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'create_graph: this loss has no second derivatives; with loss.implementation = "reference" it has'

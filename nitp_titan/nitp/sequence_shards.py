@@ -115,7 +115,7 @@ class _Exchange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # pyrefly: ignore [bad-override]
+    def forward(
         ctx: Any, rows: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup | None
     ) -> torch.Tensor:
         ctx.counts, ctx.group = (received, sent), group
@@ -124,7 +124,7 @@ class _Exchange(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         sent, received = ctx.counts
         return _Exchange.apply(grad.contiguous(), sent, received, ctx.group), None, None, None
 

@@ -62,15 +62,13 @@ def adds_products_in_fp32(device: torch.device) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyrefly: ignore [bad-override]
-        ctx: Any, h_SCD: torch.Tensor, weight_VD: torch.Tensor, gradient: WeightGradient
-    ) -> torch.Tensor:
+    def forward(ctx: Any, h_SCD: torch.Tensor, weight_VD: torch.Tensor, gradient: WeightGradient) -> torch.Tensor:
         ctx.save_for_backward(h_SCD, weight_VD)
         ctx.gradient = gradient
         return F.linear(h_SCD, weight_VD)
 
     @staticmethod
-    def backward(ctx: Any, grad_SCV: torch.Tensor) -> Any:  # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad_SCV: torch.Tensor) -> Any:
         h_SCD, weight_VD = ctx.saved_tensors
         if weight_VD.requires_grad:
             ctx.gradient.add(grad_SCV, h_SCD)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +17,11 @@ from torchtitan.models.common.linear import Linear
 from nitp_titan.nitp.chunked_sum import ChunkedSum
 from nitp_titan.titan.retyped import retyped
 
+# A type checker takes the mixin for the class that it comes before.
+_Base = Linear if TYPE_CHECKING else object
 
-class LossHead:
+
+class LossHead(_Base):
     """Mixin over TorchTitan's ``Linear``: given labels, the sum of their cross-entropies; without, logits as ever.
 
     The loss is taken inside the module so that FSDP gathers and frees the weight as around any forward, on every torch
@@ -39,25 +42,25 @@ class LossHead:
         (TorchTitan's loss-parallel cross-entropy).
         """
         if labels is None:
-            return super().forward(input)  # pyrefly: ignore [missing-attribute]
+            return super().forward(input)
         labels_T = labels.flatten()
         h_1TD = input.flatten(0, 1).unsqueeze(0)
 
         def loss_of_logits(logits_1CV: torch.Tensor, chunk: slice) -> torch.Tensor:
             return self._cross_entropy(logits_1CV, labels_T[chunk].unsqueeze(0))
 
-        forward: Any = super().forward  # pyrefly: ignore [missing-attribute]
-        bias, weight_VD = self.bias, self.weight  # pyrefly: ignore [missing-attribute]
+        forward: Any = super().forward
+        bias, weight_VD = self.bias, self.weight
         if bias is None and forward.__func__ is nn.Linear.forward:
             return self.chunked_sum(loss_of_logits, h_1TD, [], weight_VD=weight_VD)
         # Anything else an unembedding may be: with a cap on its logits, in float8.
-        parameters = list(self.parameters())  # pyrefly: ignore [missing-attribute]
+        parameters = list(self.parameters())
         return self.chunked_sum(lambda h_1CD, chunk: loss_of_logits(forward(h_1CD), chunk), h_1TD, parameters)
 
 
 @functools.cache
 def _loss_head_class(base: type[Linear]) -> Any:
-    class LossHeadOf(LossHead, base):  # pyrefly: ignore [invalid-inheritance]
+    class LossHeadOf(LossHead, base):
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             chunked_sum: ChunkedSum

@@ -40,7 +40,7 @@ from nitp_titan.titan.twin import NITPDecoder
 def _twin_class(base: type[Decoder]) -> Any:
     """Return the NITP class of a decoder class; one for all its configurations."""
 
-    class Twin(NITPDecoder, base):  # pyrefly: ignore [invalid-inheritance]
+    class Twin(NITPDecoder, base):
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             nitp: NITPConfig
@@ -50,7 +50,7 @@ def _twin_class(base: type[Decoder]) -> Any:
             @property
             def projector_tokens(self) -> int:
                 """Tokens that the projector takes at a time."""
-                chunk_tokens = self.lm_head.chunked_sum.chunk_tokens  # pyrefly: ignore [missing-attribute]
+                chunk_tokens = self.lm_head.chunked_sum.chunk_tokens
                 return self.nitp.projector_tokens(chunk_tokens, dim=self.dim, vocab_size=self.vocab_size)
 
             def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class ProjectorModule(FeedForward):
         pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Projector.forward(self, x)  # pyrefly: ignore [bad-argument-type]
+        return Projector.forward(self, x)
 
 
 def _projector_config(dim: int, nitp: NITPConfig) -> FeedForward.Config | None:
@@ -103,17 +103,17 @@ def _parallelize(model: nn.Module, *, stock: Callable, **kwargs: Any) -> nn.Modu
     """
     assert isinstance(model, NITPDecoder)
     model.sequence = _sequence_shards(kwargs["parallel_dims"], kwargs["parallelism"])
-    if model.lm_head is None:  # pyrefly: ignore [missing-attribute]
+    if model.lm_head is None:
         model.projector = None
-    elif model.projector is None and model.config.projector is not None:  # pyrefly: ignore [missing-attribute]
+    elif model.projector is None and model.config.projector is not None:
         # TorchTitan's pipelining keeps the modules that it knows by name: the last stage's is built again.
         with torch.device("meta"), set_default_dtype(next(model.parameters()).dtype):
-            model.projector = model.config.projector.build()  # pyrefly: ignore [missing-attribute]
+            model.projector = model.config.projector.build()
     compile_config = kwargs["compile_config"]
     model.compile_early = frozenset({True, False}) if compile_config.enable else frozenset()
     if compile_config.enable and "model" in compile_config.components and model.projector is not None:
         model.projector.compile(backend=compile_config.backend, fullgraph=True)
-    # pyrefly: ignore [missing-attribute]
+
     if compile_config.enable and "loss" in compile_config.components and model.lm_head is not None:
         model.lm_head.compile_loss(compile_config.backend)
         model.compile_nitp_loss(compile_config.backend)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -26,8 +26,26 @@ from nitp_titan.nitp.pairs import counted
 from nitp_titan.nitp.sequence_shards import SequenceShards
 from nitp_titan.titan.tapped_blocks import Tap, TappedBlocks
 
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
 
-class NITPDecoder:
+
+if TYPE_CHECKING:
+
+    class _Base(Decoder):
+        """What a type checker takes the decoder for that the mixin comes before."""
+
+        config: Any
+        norm: Any
+        lm_head: Any
+        tok_embeddings: Any
+        layers: Any
+
+else:
+    _Base = object
+
+
+class NITPDecoder(_Base):
     """Mixin over a TorchTitan ``Decoder``; ``nitp_model_spec`` makes the classes that have it."""
 
     # The decoder's own switch: its forward returns what the unembedding would see.
@@ -46,7 +64,7 @@ class NITPDecoder:
     _nitp_loss: Callable[..., torch.Tensor] = staticmethod(nitp_loss)
 
     def __init__(self, config: Any):
-        super().__init__(config)  # pyrefly: ignore [bad-argument-count]
+        super().__init__(config)
         self.layers = TappedBlocks(self.layers)
         self.projector = config.projector.build() if config.projector is not None else None
 
@@ -59,27 +77,27 @@ class NITPDecoder:
     @property
     def _has_target(self) -> bool:
         """Whether the residual stream after the target block passes through here: it is what the next block reads."""
-        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
-        if target_layer == len(self.config.layers):  # pyrefly: ignore [missing-attribute]
-            return self.norm is not None  # pyrefly: ignore [missing-attribute]
+        target_layer = self.config.target_layer
+        if target_layer == len(self.config.layers):
+            return self.norm is not None
         return str(target_layer) in self.layers
 
     @property
     def receives_target(self) -> bool:
         """Whether the previous pipeline stage sends the target along with the residual stream."""
-        if not self.config.nitp.has_target:  # pyrefly: ignore [missing-attribute]
+        if not self.config.nitp.has_target:
             return False
-        last = len(self.config.layers)  # pyrefly: ignore [missing-attribute]
-        # pyrefly: ignore [missing-attribute]
-        after_blocks = last if self.norm is not None else last + 1  # pyrefly: ignore [missing-attribute]
-        # pyrefly: ignore [missing-attribute]
+        last = len(self.config.layers)
+
+        after_blocks = last if self.norm is not None else last + 1
+
         first = 0 if self.tok_embeddings is not None else min(map(int, self.layers), default=after_blocks)
-        return first > self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        return first > self.config.target_layer
 
     @property
     def sends_target(self) -> bool:
         """Whether a later pipeline stage needs the target from here."""
-        if self.lm_head is not None or not self.config.nitp.has_target:  # pyrefly: ignore [missing-attribute]
+        if self.lm_head is not None or not self.config.nitp.has_target:
             return False
         return self._has_target or self.receives_target
 
@@ -112,20 +130,20 @@ class NITPDecoder:
         if self.receives_target:
             target_BLD, *args = args
         with self._tapped() as tap:
-            h_BLD = super().forward(tokens, *args, **kwargs)  # pyrefly: ignore [missing-attribute]
+            h_BLD = super().forward(tokens, *args, **kwargs)
         if target_BLD is None:
             # A stage without blocks before the norm, the target being the last block's output: that is its input.
             target_BLD = tap.residual_BLD if tap.residual_BLD is not None else tokens
-        if self.lm_head is None:  # pyrefly: ignore [missing-attribute]
+        if self.lm_head is None:
             return (h_BLD, self._cut(target_BLD)) if self.sends_target else h_BLD
         if labels is None:
-            return self.lm_head(h_BLD)  # pyrefly: ignore [missing-attribute]
+            return self.lm_head(h_BLD)
 
-        ntp_sum = self.lm_head(h_BLD, labels=labels)  # pyrefly: ignore [missing-attribute]
+        ntp_sum = self.lm_head(h_BLD, labels=labels)
         if pairs is None:
             if self.sequence.context > 1:
                 raise ValueError("pairs: found None, expected a (B, L) mask under context parallelism")
-            nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+            nitp = self.config.nitp
             pairs = counted(nitp, kwargs.get("positions", args[0] if args else None), labels)
         if self.nitp_active:
             nitp_sum = self._nitp_sum(h_BLD, target_BLD, pairs)
@@ -138,7 +156,7 @@ class NITPDecoder:
         return torch.cat([ntp_sum.view(1, 1), nitp_sum.view(1, 1)], dim=1)
 
     def _tapped(self) -> contextlib.AbstractContextManager[Tap]:
-        target_layer = self.config.target_layer  # pyrefly: ignore [missing-attribute]
+        target_layer = self.config.target_layer
         if isinstance(self.layers, TappedBlocks):
             return self.layers.tapped(target_layer)
         # TorchTitan's pipelining leaves a stage without blocks an empty dictionary of its own.
@@ -146,7 +164,7 @@ class NITPDecoder:
 
     def _cut(self, target_BLD: torch.Tensor) -> torch.Tensor:
         # Cut early, not in the loss alone: moving a target between ranks has a backward pass of its own.
-        return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD  # pyrefly: ignore
+        return target_BLD.detach() if self.config.nitp.stop_gradient else target_BLD
 
     def _run_in_vain(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> None:
         """Run the NITP branch forward and backward, so that it is compiled, and leave nothing of it."""
@@ -163,7 +181,7 @@ class NITPDecoder:
             target_BLD: the same, or a part of each where sequence parallelism cuts them.
             mask_BL: (B, L) bool, as ``h_BLD``.
         """
-        nitp = self.config.nitp  # pyrefly: ignore [missing-attribute]
+        nitp = self.config.nitp
         if not nitp.has_target:
             return self._nitp_loss(local_as(h_BLD, Replicate()), None, mask_BL, kind=nitp.loss)
         # Under sequence parallelism each rank of the tensor-parallel group takes its part of the sequence.
@@ -197,7 +215,7 @@ class NITPDecoder:
         return nitp_sum
 
     def _chunked_sum(self, target_BLD: torch.Tensor) -> ChunkedSum:
-        config: Any = self.config  # pyrefly: ignore [missing-attribute]
+        config: Any = self.config
         # The fast way has gradients of hidden states and weights, not of targets.
         implementation = "reference" if target_BLD.requires_grad else config.lm_head.chunked_sum.implementation
         return ChunkedSum(max(config.projector_tokens // self.sequence.tensor, 1), implementation)

@@ -17,7 +17,7 @@ class LRSchedulersContainer(Upstream):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Upstream.Config):
-        decay_type: Literal["linear", "sqrt", "cosine", "exponential"] = "linear"  # pyrefly: ignore [bad-override]
+        decay_type: Literal["linear", "sqrt", "cosine", "exponential"] = "linear"
         """Curve of the decay. "exponential" falls by a constant factor a step, down to min_lr_factor."""
 
         def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class LRSchedulersContainer(Upstream):
             # The linear curve falls from 1 to 0 while the decay's progress goes from 0 to 1.
             curve = replace(self, decay_type="linear", min_lr_factor=0.0) if exponential else self
             built = Upstream.Config.build(curve, optimizers=optimizers, training_steps=training_steps)
-            factor = built.schedulers[0].lr_lambdas[0]  # pyrefly: ignore [missing-attribute]
+            factor = built.schedulers[0].lr_lambdas[0]
             decay_starts = factor.keywords["warmup_steps"] + factor.keywords["stable_steps"]
             last = training_steps if self.total_steps is None else self.total_steps
 

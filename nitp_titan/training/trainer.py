@@ -150,7 +150,7 @@ class NITPTrainer(Trainer):
     def _begin_nitp_step(self, batches: list[Batch]) -> None:
         active = self.step >= self.nitp.start_step
         for part in self.model_parts:
-            part.nitp_active = active  # pyrefly: ignore [bad-assignment]
+            part.nitp_active = active
         pairs = 0
         for input_dict, labels in batches if active else []:
             pairs += int(counted(self.nitp, input_dict.get("positions"), labels).sum())

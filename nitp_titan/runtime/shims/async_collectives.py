@@ -14,12 +14,12 @@ class _Wait(torch.autograd.Function):
     """The tensor of a collective that is over; its gradient is the waiting tensor's."""
 
     @staticmethod
-    def forward(ctx: Any, waiting: AsyncCollectiveTensor) -> torch.Tensor:  # pyrefly: ignore [bad-override]
+    def forward(ctx: Any, waiting: AsyncCollectiveTensor) -> torch.Tensor:
         # A new tensor over the same memory: autograd writes into what is returned here, and the wrapper keeps its own.
         return wait_tensor(waiting.elem).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:  # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         return grad_output
 
 

@@ -88,9 +88,9 @@ def _use_cpu() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan."):
             if getattr(module, "device_module", None) is before:
-                module.device_module = tools.device_module  # pyrefly: ignore [missing-attribute]
+                module.device_module = tools.device_module
             if isinstance(getattr(module, "device_type", None), str):
-                module.device_type = tools.device_type  # pyrefly: ignore [missing-attribute]
+                module.device_type = tools.device_type
 
 
 SHIMS = [
