@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager as Upstream
-from torchtitan.components.checkpointer.base import OPTIMIZER
+from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 
@@ -125,12 +125,24 @@ def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: st
             "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
             "not go on"
         )
+    wrong += _other_streams(state_dict.get(DATALOADER), stored)
     if wrong:
         raise _refusal(checkpoint_id, "; it ".join(wrong))
     if wants_projector and not has_projector:
         logger.warning(f"{checkpoint_id} has no projector: NITP starts with its initial one")
     if has_projector and not wants_projector:
         logger.warning(f"{checkpoint_id} has NITP's projector, which this run does not train: it is left out")
+
+
+def _other_streams(loader: Any, stored: dict[str, Any]) -> list[str]:
+    """Return a line where the checkpoint's data were drawn from another number of streams than a loader's are."""
+    then = stored.get(f"{DATALOADER}.num_streams")
+    now = loader.state_dict().get("num_streams") if isinstance(loader, Stateful) else None
+    if then is None or now is None or tuple(then.size) == tuple(now.shape):
+        return []
+    numbers = f"{then.size[0]} streams of data, the job draws from {now.shape[0]}"
+    restore = f"set dataloader.num_streams = {then.size[0]}" if then.size[0] > 1 else "set dataloader.infinite = false"
+    return [f'has {numbers}: {restore}, or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh']
 
 
 def _on_any_rank(here: bool) -> bool:

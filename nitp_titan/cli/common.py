@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 
+_MOST_RANKS = 10**7
+"""More is a slip of the finger, because every rank's stage and expert is looked at in turn."""
+
 
 def positive(text: str) -> int:
     """Read a whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 1..{_MOST_RANKS}")
     return int(text)
 
 

@@ -10,6 +10,8 @@ from nitp_titan.data.tokenizer_folder import documents_get, read_folder
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 60  # characters of a text in a message
+
 
 class TextTokenizer(HuggingFaceTokenizer):
     """TorchTitan's tokenizer, of which nothing that a folder says about inference is in force.
@@ -66,7 +68,11 @@ class TextTokenizer(HuggingFaceTokenizer):
 
     def encode(self, text: str = "", *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Ids of a text, between `bos_id` and `eos_id` where asked and where there are such."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises Exception itself
+            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+            raise DataError(f"the tokenizer of {self.tokenizer_path} cannot encode {shown!r}: {error}") from error
         if add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_eos and self.eos_id is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from nitp_titan.job.errors import COMMAND_LINE, Problem
+from nitp_titan.job.errors import COMMAND_LINE, Problem, quote, shortened
 from nitp_titan.job.model_facts import ModelFacts
 
 
@@ -114,9 +115,26 @@ Check = Callable[[Draft], Iterator[Problem]]
 
 
 def run_checks(draft: Draft, checks: Iterable[Check]) -> Iterator[Problem]:
-    """Yield what every check finds; one that needs a value known to be wrong stops there."""
+    """Yield what every check finds; one that needs a value known to be wrong stops there.
+
+    A path that the operating system does not take, because it is too long for example, is a problem of its own.
+    """
     for check in checks:
         try:
             yield from check(draft)
         except Unknown:
             continue
+        except OSError as error:
+            yield _unusable(draft, str(error.filename), error.strerror or str(error))
+
+
+def _unusable(draft: Draft, path: str, reason: str) -> Problem:
+    """Return the problem of a path that the operating system does not take, at the setting that it comes from."""
+    parts = set(Path(path).parts)
+    written = {key: setting.value for key, setting in draft.settings.items() if draft.is_written(*key)}
+    texts = {key: value for key, value in written.items() if isinstance(value, str) and value}
+    suspects = [key for key, value in texts.items() if parts.issuperset(Path(value).parts)]
+    if suspects:
+        name = max(suspects, key=lambda key: len(texts[key]))
+        return draft.problem(*name, f"found {quote(shortened(texts[name]))}: {reason}")
+    return Problem(draft.file, "", f"{reason}: {quote(shortened(path))}")

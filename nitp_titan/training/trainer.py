@@ -19,6 +19,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoints.manager import CheckpointManager
+from nitp_titan.data.errors import DataError
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.converter import Float8Converter
 from nitp_titan.float8.layers import (
@@ -90,6 +91,8 @@ class NITPTrainer(Trainer):
         super().train()
         if not self.out_of_data:
             return
+        if not self.step:
+            raise DataError("dataloader.infinite: found false, and the data have not enough text for one step")
         saved = self.steps_run > 0 and self.checkpointer.save(self.step, last_step=True)
         logger.info(
             f"The data have ended (dataloader.infinite = false): step {self.step} of {self.config.training.steps} "

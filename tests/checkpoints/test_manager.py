@@ -57,6 +57,26 @@ def test_another_model_is_refused_and_a_baseline_goes_on_without_the_projector(t
     assert "Training starts at step 3" in resumed.stdout
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "restore"),
+    [
+        (["--dataloader.num_streams=4"], ["--dataloader.num_streams=8"], "set dataloader.num_streams = 4"),
+        (["--dataloader.no-infinite"], [], "set dataloader.infinite = false"),
+    ],
+)
+def test_data_of_another_number_of_streams_are_refused(before, after, restore, tmp_path):
+    first = call(*debug_job(tmp_path / "run", "--training.steps=2", *before))
+    assert first.returncode == 0, first.stderr
+    refused = call(*debug_job(tmp_path / "run", "--training.steps=3", *after))
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.splitlines()[-1].endswith(
+        f'{restore}, or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh'
+    )
+    afresh = "--checkpoint.exclude_from_loading=dataloader"
+    resumed = call(*debug_job(tmp_path / "run", "--training.steps=3", *after, afresh))
+    assert resumed.returncode == 0, resumed.stderr
+
+
 @pytest.fixture
 def tensors(tmp_path, corpus) -> dict[str, torch.Tensor]:
     """The debug model's."""

@@ -93,7 +93,7 @@ def test_world_size_of_the_environment():
     assert "2 ranks" in run("check", DEBUG, WORLD_SIZE="2")[1]
     assert "4 ranks" in run("check", DEBUG, "--ngpu", "4", WORLD_SIZE="2")[1]
     code, _, error, _ = run("check", DEBUG, WORLD_SIZE="two")
-    assert (code, error) == (2, "WORLD_SIZE: found 'two', expected a whole number of at least 1")
+    assert (code, error) == (2, "WORLD_SIZE: found 'two', expected a whole number, 1..10000000")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,8 @@ def test_usage_errors(capsys):
     assert (code, error) == (2, "nitp-titan check: expected a job file; see nitp-titan check --help\n")
     code, _, error = cli_main(capsys, "check", DEBUG, "--ngpu", "0")
     assert code == 2
-    assert "--ngpu: found '0', expected a whole number of at least 1" in error
+    assert "--ngpu: found '0', expected a whole number, 1..10000000" in error
+    assert "found '99999999999', expected" in cli_main(capsys, "check", DEBUG, "--ngpu", "99999999999")[2]
     assert "found '2.5', expected" in cli_main(capsys, "check", DEBUG, "--ngpu", "2.5")[2]
     code, _, error = cli_main(capsys, "check", DEBUG, "--steps", "5")
     assert code == 2

@@ -122,6 +122,15 @@ def test_ids_are_torchtitans(tmp_path, config):
             assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
 
 
+def test_a_text_that_cannot_be_encoded_is_named(tmp_path):
+    # A vocabulary of whole words whose unknown token is not among them.
+    folder = write(tmp_path / "words", Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")))
+    tokenizer = load(folder, add_bos=False, add_eos=False)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(DataError, match="words cannot encode 'bbbbb"):
+        tokenizer.encode("b" * 100)
+
+
 @pytest.mark.parametrize("named_by", ["file", "job"])
 def test_text_that_reads_as_a_special_token_is_text(tmp_path, named_by):
     tokenizer = bpe()

@@ -88,9 +88,9 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          "found 1.5, expected 0..1"),
         (["--training.global_batch_size", "0"], "--training.global_batch_size: found 0, expected at least 1, or -1"),
         (["--optimizer.lr", "nan"], "--optimizer.lr: found nan, expected a finite number"),
-        (["--optimizer.beta1", "1.5"], "--optimizer.beta1: found 1.5, expected 0..1"),
+        (["--optimizer.beta1", "1.5"], "--optimizer.beta1: found 1.5, expected at least 0 and less than 1"),
         (["--metrics.log_freq", "0"], "--metrics.log_freq: found 0, expected at least 1"),
-        (["--dataloader.num_streams", "0"], "--dataloader.num_streams: found 0, expected at least 1"),
+        (["--dataloader.num_streams", "0"], "--dataloader.num_streams: found 0, expected 1..1048576"),
         (["--debug.seed", str(2**64)], "--debug.seed: found 18446744073709551616, expected"),
         (["--dataloader.seed", "-1"], "--dataloader.seed: found -1, expected at least 0"),
         (["--parallelism.tensor_parallel_degree", "0"], "--parallelism.tensor_parallel_degree: found 0, expected at "
@@ -101,6 +101,17 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--parallelism.expert_parallel_degree", "2"], "--parallelism.expert_parallel_degree: found 2, expected a "
          "divisor of data_parallel_shard x context x tensor = 1"),
         (["--parallelism.spmd_backend", "spmd_types"], '--parallelism.spmd_backend: "spmd_types" needs torch >= 2.14'),
+        (["--dataloader.num_streams", str(2**40)], "expected 1..1048576"),
+        (["--optimizer.beta1", "1"], "--optimizer.beta1: found 1.0, expected at least 0 and less than 1"),
+        (["--optimizer.beta2", "1.0"], "--optimizer.beta2: found 1.0, expected at least 0 and less than 1"),
+        (["--profiler.profiler_repeat", "-1"], "--profiler.profiler_repeat: found -1, expected at least 0"),
+        (["--comm.trace_buf_size", "-1"], "--comm.trace_buf_size: found -1, expected at least 0"),
+        (["--checkpoint.enable", "--checkpoint.exclude_from_loading=optimiser"], '--checkpoint.exclude_from_loading: '
+         'found "optimiser", expected some of optimizer, lr_scheduler, dataloader, train_state; did you mean '
+         '"optimizer"?'),
+        (["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.create_seed_checkpoint"],
+         "--checkpoint.create_seed_checkpoint: found true with load_only = true, which saves none"),
+        (["--model.hf_assets_path", "a" * 5000, "--tokenizer.name=huggingface"], "aaa...\": File name too long"),
         (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
         (["--profiler.enable_profiling", "--profiler.profile_freq=3"], "--profiler.profile_freq: found 3, expected at "
          "least profiler_warmup 3 + profiler_active 1 = 4"),
@@ -285,6 +296,7 @@ def test_missing_assets_are_an_error_of_training_alone(tmp_path):
         (["--model.attn_backend=flex_flash"], 'found no GPU, expected "flex": flex_flash needs a GPU'),
         (["--profiler.enable_memory_snapshot"], "found no GPU, expected false: torch records a GPU's memory alone"),
         (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
+        (["--job.dump_folder=s3://bucket/run"], 'found "s3://bucket/run", expected a folder of this machine'),
         (["--job.dump_folder="], 'found "", expected a folder\'s name'),
         (["--job.dump_folder=pyproject.toml"], 'found "pyproject.toml", which is a file'),
         (["--job.dump_folder=pyproject.toml/run"], "pyproject.toml is a file; expected a folder's name"),

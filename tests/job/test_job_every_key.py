@@ -21,6 +21,7 @@ STOCK = ["--nitp.no-enable"]
 FILES = ["--dataloader.dataset=text", "--dataloader.dataset_path=constraints.txt"]
 HUB = ["--dataloader.dataset=hub:owner/name"]
 VALIDATES = ["--validator.enable"]
+VALIDATES_SOME = [*VALIDATES, "--validator.steps=3"]  # batches drawn from the data, not all of them once
 VALIDATES_FILES = [*VALIDATES, *(word.replace("--", "--validator.") for word in FILES)]
 VALIDATES_HUB = [*VALIDATES, "--validator.dataloader.dataset=hub:owner/name"]
 PROFILES = ["--profiler.enable_profiling"]
@@ -44,7 +45,7 @@ dataloader: dataset=c4_test seed=7 num_streams=8 infinite=false prefetch=0 on_ba
 training: local_batch_size=4 global_batch_size=16 seq_len=128 max_norm=2.0 steps=150 enable_cpu_offload=true
 training: disable_cuda_graphs=false dtype=bfloat16 mixed_precision_param=bfloat16 gc_freq=7 gc_debug=true
 optimizer: name=Adam lr=0.1 beta1=0.5 beta2=0.5 eps=0.1 weight_decay=0.2 implementation=for-loop
-lr_scheduler: warmup_steps=7 total_steps=300 decay_ratio=0.5 decay_type=cosine min_lr_factor=0.1
+lr_scheduler: warmup_steps=7 total_steps=150,training.steps=150 decay_ratio=0.5 decay_type=cosine min_lr_factor=0.1
 loss: chunk_tokens=64 implementation=reference
 activation_checkpoint: mode=full
 compile: enable=true
@@ -106,9 +107,12 @@ NEEDS: dict[str, list[str]] = {
         *SAVES, "--checkpoint.initial_load_path=/x", "--checkpoint.initial_load_in_hf",
     ],
     "validator: freq=7 steps=7": VALIDATES,
-    "validator.dataloader: dataset=c4_test seed=7 num_streams=8 infinite=false prefetch=0": VALIDATES,
+    "validator.dataloader: dataset=c4_test infinite=false prefetch=0": VALIDATES,
+    "validator.dataloader: seed=7 num_streams=8": VALIDATES_SOME,
     "validator.dataloader: text_field=x streaming=true": VALIDATES_FILES,
-    "validator.dataloader: shuffle_buffer=7": [*VALIDATES_FILES, "--validator.dataloader.streaming"],
+    "validator.dataloader: shuffle_buffer=7": [
+        *VALIDATES_SOME, *VALIDATES_FILES, "--validator.dataloader.streaming",
+    ],
     "validator.dataloader: split=x": VALIDATES_HUB,
     "validator.dataloader: dataset_path=constraints.txt": [*VALIDATES, "--validator.dataloader.dataset=text"],
     "profiler: save_traces_folder=x profile_freq=8 profiler_repeat=1 profiler_skip_first=1": PROFILES,
@@ -220,11 +224,26 @@ def test_what_is_said_elsewhere():
 
 
 def test_a_value_that_is_there_anyway_is_not_said(tmp_path):
-    for words in ([], STOCK, [*VALIDATES, "--dataloader.seed=9"], ["--dataloader.num_streams=8"], MOE, SAVES):
+    seeded, streams = [*VALIDATES, "--dataloader.seed=9"], ["--dataloader.num_streams=8"]
+    for words in ([], STOCK, seeded, VALIDATES_SOME, streams, MOE, SAVES):
         path = tmp_path / "config.toml"
         path.write_text(resolved_toml(load(words, 1)))
         assert load_job(path, [], 1).doubts == (), words
     assert load(["--checkpoint.interval=500", "--profiler.profiler_active=1"], 1).doubts == ()
+
+
+@pytest.mark.parametrize(
+    ("steps", "infinite", "said"),
+    [
+        (3, "no-infinite", "validator.steps is 3: batches are drawn"),
+        (-1, "infinite", ""),  # the value that is there anyway
+        (3, "infinite", ""),
+        (-1, "no-infinite", ""),
+    ],
+)
+def test_what_validation_reads_is_its_steps_to_say(steps, infinite, said):
+    job = load([*VALIDATES, f"--validator.steps={steps}", f"--validator.dataloader.{infinite}"], 1)
+    assert job.doubts == ((f"validator.dataloader.infinite is ignored: {said}",) if said else ())
 
 
 def test_what_is_ignored_is_said_with_its_place(tmp_path):

@@ -151,6 +151,16 @@ def test_all_problems_are_reported_and_the_rest_is_read(tmp_path):
     assert bad == {("training", "steps")}
 
 
+def test_a_nul_is_no_part_of_a_value(tmp_path):
+    (tmp_path / "job.toml").write_text('[job]\ndump_folder = "a\\u0000b"\n[compile]\ncomponents = ["mo\\u0000del"]\n')
+    read = read_file(tmp_path / "job.toml")
+    assert read.bad == {("job", "dump_folder"), ("compile", "components")}
+    assert [(problem.line, problem.message) for problem in read.problems] == [
+        (2, "found a text with the character NUL in it"),
+        (4, "found a text with the character NUL in it"),
+    ]
+
+
 def test_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "debug.toml").touch()
     [problem] = read_file(tmp_path / "debgu.toml")[2]

@@ -29,6 +29,9 @@ def test_a_run_past_a_schedule_that_ends_at_zero_is_refused():
     )
 
 
+BRIEF = ["--lr_scheduler.warmup_steps=5"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -48,7 +51,14 @@ def test_a_run_past_its_schedule_is_said(overrides, expected):
     ("overrides", "expected"),
     [
         (["--training.steps=9"], "warmup_steps 20 is more than the schedule's 9 steps: 9 are taken"),
-        (["--training.steps=20", "--lr_scheduler.total_steps=90"], "takes all of the run's 20 steps: the rate only"),
+        (["--training.steps=20", "--lr_scheduler.total_steps=90", "--lr_scheduler.decay_ratio=0"], "takes all of the "
+         "run's 20 steps: the rate only"),
+        ([*BRIEF, "--training.steps=20", "--lr_scheduler.total_steps=50"], "training.steps 20 ends a schedule of "
+         "lr_scheduler.total_steps 50 early: its decay is not reached"),
+        ([*BRIEF, "--training.steps=45", "--lr_scheduler.total_steps=50"], "early: 5 of its 10 steps of decay are "
+         "reached"),
+        ([*BRIEF, "--training.steps=20", "--lr_scheduler.decay_ratio=0.02"], "decay_ratio 0.02 of 20 steps is less "
+         "than half a step: nothing decays"),
         (["--lr_scheduler.warmup_steps=150", "--lr_scheduler.decay_ratio=0.5"], "decay_ratio 0.5 of 200 steps does "
          "not fit behind 150 warm-up steps: 50 steps decay"),
         (["--nitp.start_step=201"], "nitp.start_step 201 is not before the run's end, training.steps 200: NITP trains "
@@ -101,7 +111,8 @@ def run(tmp_path):
     ],
 )
 def test_a_resume_with_another_schedule_says_so(run, tmp_path, change, said):
-    assert load(*run, change).doubts == (f"{tmp_path} goes on with another learning-rate schedule: {said}",)
+    doubt = f"{tmp_path} goes on with another learning-rate schedule: {said}"
+    assert [d for d in load(*run, change).doubts if str(tmp_path) in d] == [doubt]
 
 
 def test_a_resume_keeps_the_optimizers_other_numbers_and_says_so(run, tmp_path):

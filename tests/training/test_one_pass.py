@@ -9,6 +9,7 @@ import pytest
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.config import TrainingConfig
 
+from nitp_titan.data.errors import DataError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.training.validator import Validator
 from tests.helpers.trainers import metric_lines, running, trainer_config
@@ -54,6 +55,13 @@ def test_the_last_step_is_saved_and_told(one_pass, tmp_path, caplog):
     assert "step 3 of 100 was the run's last one" in caplog.text
     assert "its checkpoint is saved" not in caplog.text
     assert (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").stat().st_mtime_ns == before
+
+
+def test_data_of_no_step_are_refused(one_pass, tmp_path):
+    (tmp_path / "corpus" / "a.txt").write_text("x" * 30)
+    with pytest.raises(DataError, match=r"dataloader\.infinite: found false, and the data have not enough text"):
+        run(one_pass)
+    assert not list((tmp_path / "run").glob("checkpoint/*"))
 
 
 def test_what_was_left_over_is_trained_on_by_a_run_that_can(one_pass, tmp_path):

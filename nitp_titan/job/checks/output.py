@@ -13,6 +13,9 @@ from nitp_titan.job.errors import Problem, quote
 def check_output(draft: Draft) -> Iterator[Problem]:
     """The run's folder can be one."""
     folder = draft.get("job", "dump_folder")
+    if "://" in folder:
+        yield draft.problem("job", "dump_folder", f"found {quote(folder)}, expected a folder of this machine")
+        return
     path = Path(folder)
     existing = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     if not folder.strip():

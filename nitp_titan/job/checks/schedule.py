@@ -73,6 +73,12 @@ def doubts(draft: Draft) -> Iterator[str]:
         )
     warmup, ratio = draft.get("lr_scheduler", "warmup_steps"), draft.get("lr_scheduler", "decay_ratio")
     run = min(steps, length)
+    if length > steps and schedule.decay:
+        decaying = max(0, steps - (length - schedule.decay))
+        what = f"{decaying:,} of its {schedule.decay:,} steps of decay are" if decaying else "its decay is not"
+        yield f"training.steps {steps} ends a schedule of lr_scheduler.total_steps {length} early: {what} reached"
+    if ratio and not schedule.decay and warmup < length:
+        yield f"lr_scheduler.decay_ratio {ratio:g} of {length} steps is less than half a step: nothing decays"
     if warmup > length:
         yield f"lr_scheduler.warmup_steps {warmup} is more than the schedule's {length} steps: {length} are taken"
     elif warmup >= run:

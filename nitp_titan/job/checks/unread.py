@@ -100,8 +100,23 @@ def _data_gates(table: str) -> Iterator[Gate | Rule]:
     yield Gate(table, ("split",), dataset, lambda name: name.startswith("hub:"))
     yield Gate(table, ("text_field",), dataset, lambda name: name == "text" or name.startswith("hub:"))
     yield Gate(table, ("streaming",), dataset, lambda name: name == "text" or name.startswith("hub:"))
-    yield Gate(table, ("seed", "num_streams", "shuffle_buffer"), f"{table}.infinite")
+    drawn = ("seed", "num_streams", "shuffle_buffer")
+    if table == "dataloader":
+        yield Gate(table, drawn, f"{table}.infinite")
+    else:
+        # TorchTitan's validator decides by its steps: all of the data once, in order, or batches drawn from it.
+        yield Gate(table, drawn, "validator.steps", lambda steps: steps != -1)
+        yield Rule(table, ("infinite",), "", _validated_otherwise)
     yield Rule(table, ("shuffle_buffer",), f"{table}.streaming", lambda draft: _in_memory(draft, table))
+
+
+def _validated_otherwise(draft: Draft) -> str:
+    steps, endless = draft.get("validator", "steps"), draft.get("validator.dataloader", "infinite")
+    if endless == (steps != -1):
+        return ""
+    return f"validator.steps is {steps}: " + (
+        "batches are drawn" if steps != -1 else "all data are read once, in order"
+    )
 
 
 def _in_memory(draft: Draft, table: str) -> str:

@@ -13,6 +13,9 @@ from nitp_titan.job.errors import Problem, did_you_mean, one_of, quote
 from nitp_titan.runtime import machine
 
 _INF = math.inf
+_BELOW_ONE = math.nextafter(1, 0)
+_MOST_STREAMS = 2**20
+"""More are refused: each is a place in memory and in every checkpoint."""
 
 # table.key -> (lowest, highest) value
 RANGES: dict[str, tuple[float, float]] = {
@@ -22,8 +25,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "training.max_norm": (0, _INF),
     "training.gc_freq": (1, _INF),
     "optimizer.lr": (0, _INF),
-    "optimizer.beta1": (0, 1),
-    "optimizer.beta2": (0, 1),
+    "optimizer.beta1": (0, _BELOW_ONE),
+    "optimizer.beta2": (0, _BELOW_ONE),
     "optimizer.eps": (0, _INF),
     "optimizer.weight_decay": (0, _INF),
     "lr_scheduler.warmup_steps": (0, _INF),
@@ -42,13 +45,22 @@ RANGES: dict[str, tuple[float, float]] = {
     "profiler.profile_freq": (1, _INF),
     "profiler.profiler_active": (1, _INF),
     "profiler.profiler_warmup": (0, _INF),
+    "profiler.profiler_repeat": (0, _INF),
+    "profiler.profiler_skip_first": (0, _INF),
+    "profiler.profiler_skip_first_wait": (0, _INF),
     "debug.seed": (-(2**63), 2**64 - 1),
     "comm.init_timeout_seconds": (1, _INF),
+    "comm.trace_buf_size": (0, _INF),
     "comm.train_timeout_seconds": (1, _INF),
     **{
-        f"{table}.{key}": (lowest, _INF)
+        f"{table}.{key}": bounds
         for table in ("dataloader", "validator.dataloader")
-        for key, lowest in (("seed", 0), ("num_streams", 1), ("shuffle_buffer", 0), ("prefetch", 0))
+        for key, bounds in (
+            ("seed", (0, _INF)),
+            ("num_streams", (1, _MOST_STREAMS)),
+            ("shuffle_buffer", (0, _INF)),
+            ("prefetch", (0, _INF)),
+        )
     },
 }
 
@@ -66,9 +78,16 @@ def check_ranges(draft: Draft) -> Iterator[Problem]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) or not lowest <= value <= highest:
-            bounds = f"{lowest:g}..{highest:g}" if highest < _INF else f"at least {lowest:g}"
-            expected = bounds if lowest > -_INF and math.isfinite(value) else "a finite number"
+            expected = _bounds(lowest, highest) if lowest > -_INF and math.isfinite(value) else "a finite number"
             yield draft.problem(table, key, f"found {value}, expected {expected}")
+
+
+def _bounds(lowest: float, highest: float) -> str:
+    if highest == _INF:
+        return f"at least {lowest:g}"
+    if highest == _BELOW_ONE:
+        return f"at least {lowest:g} and less than 1"
+    return f"{lowest}..{highest}"
 
 
 def check_training(draft: Draft) -> Iterator[Problem]:
@@ -164,6 +183,10 @@ def check_cuda_graphs(draft: Draft) -> Iterator[Problem]:
             )
 
 
+_EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What a checkpoint holds beside the model."""
+
+
 def check_checkpoint(draft: Draft) -> Iterator[Problem]:
     """Rules of CheckpointManager.Config."""
 
@@ -175,8 +198,17 @@ def check_checkpoint(draft: Draft) -> Iterator[Problem]:
     if value("keep_latest_k") == 1:
         expected = "0 (all) or at least 2: the latest may be half written"
         yield draft.problem("checkpoint", "keep_latest_k", f"found 1, expected {expected}")
-    if "model" in value("exclude_from_loading"):
-        yield draft.problem("checkpoint", "exclude_from_loading", 'found "model", which is always loaded')
+    for name in value("exclude_from_loading"):
+        if name == "model":
+            yield draft.problem("checkpoint", "exclude_from_loading", 'found "model", which is always loaded')
+        elif name not in _EXCLUDABLE:
+            hint = did_you_mean(name, _EXCLUDABLE)
+            message = f"found {quote(name)}, expected some of {', '.join(_EXCLUDABLE)}"
+            yield draft.problem("checkpoint", "exclude_from_loading", message, hint)
+    if value("load_only") and value("create_seed_checkpoint"):
+        yield draft.problem(
+            "checkpoint", "create_seed_checkpoint", "found true with load_only = true, which saves none"
+        )
     path = (value("initial_load_path") or "").strip()
     for key, needed in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
         if value(key) and not value(needed):

@@ -124,6 +124,12 @@ class _Reader:
 
     def key(self, key: Key, value: Any) -> None:
         path = (*key.table.split("."), key.name)
+        texts = value if isinstance(value, list) else [value]
+        if any("\0" in text for text in texts if isinstance(text, str)):
+            # TOML can write it, and neither a command line nor a path can.
+            self.bad.add((key.table, key.name))
+            self.report(path, f"[{key.table}] {key.name}", "found a text with the character NUL in it")
+            return
         try:
             read = from_toml(key, value)
         except (ValueError, TypeError):
