@@ -72,7 +72,7 @@ def test_exponential_decay_is_our_schedulers():
 def test_every_upstream_key_reaches_the_configuration():
     overrides = ["--validator.enable", "--validator.freq=3", "--comm.mode=fake_backend", "--checkpoint.interval=9"]
     overrides += ["--validator.dataloader.seed=5", "--dataloader.seed=6"]
-    overrides += ["--profiler.profiler_repeat=4", "--compile.components=loss", "--override.imports=a.b"]
+    overrides += ["--profiler.profiler_repeat=4", "--compile.components=loss", "--override.imports=json.loads"]
     job = load_job(None, overrides, 1)
     config = build_trainer_config(job)
     tables = [table for table in all_tables() if table not in OUR_TABLES]

@@ -112,6 +112,11 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.create_seed_checkpoint"],
          "--checkpoint.create_seed_checkpoint: found true with load_only = true, which saves none"),
         (["--model.hf_assets_path", "a" * 5000, "--tokenizer.name=huggingface"], "aaa...\": File name too long"),
+        (["--activation_checkpoint.determinism_check=nothing"], '--activation_checkpoint.determinism_check: found '
+         '"nothing", expected "default" or "none"'),
+        (["--override.imports=no_such.module.function"], '--override.imports: found "no_such.module.function", whose '
+         'module "no_such.module" cannot be found'),
+        (["--override.imports=function"], '--override.imports: found "function", expected "module.function"'),
         (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
         (["--profiler.enable_profiling", "--profiler.profile_freq=3"], "--profiler.profile_freq: found 3, expected at "
          "least profiler_warmup 3 + profiler_active 1 = 4"),

@@ -58,7 +58,7 @@ comm: init_timeout_seconds=7 train_timeout_seconds=7 trace_buf_size=7 save_trace
 comm: mode=fake_backend
 debug: seed=7 deterministic=true detect_anomaly=true print_config=true save_config_file=x
 debug: enable_structured_logging=false
-override: imports=a.b
+override: imports=torchtitan.overrides.fused_swiglu.fused_swiglu
 """
 
 # A key that acts only together with others: the words with which it does.

@@ -61,6 +61,8 @@ def test_a_run_past_its_schedule_is_said(overrides, expected):
          "than half a step: nothing decays"),
         (["--lr_scheduler.warmup_steps=150", "--lr_scheduler.decay_ratio=0.5"], "decay_ratio 0.5 of 200 steps does "
          "not fit behind 150 warm-up steps: 50 steps decay"),
+        (["--profiler.enable_profiling", "--profiler.profile_freq=201"], "profiler.enable_profiling records from step "
+         "201 on, after training.steps 200: no trace has a step"),
         (["--nitp.start_step=201"], "nitp.start_step 201 is not before the run's end, training.steps 200: NITP trains "
          "never"),
         (["--nitp.start_step=200"], "NITP trains in its last step alone"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from nitp_titan.job.checks import (
     attention,
     data,
+    device,
     experts,
     flex,
     float8,
@@ -55,10 +56,10 @@ MACHINE_CHECKS = (
     tokenizer.check_assets,
     hf_weights.check_hf_files,
     check_output,
-    upstream.check_device,
-    upstream.check_wandb,
+    device.check_device,
+    device.check_wandb,
     initial.check_files,
-    upstream.check_compiled_checkpointing,
+    device.check_compiled_checkpointing,
     experts.check_exchange,
     float8.check_device,
 )

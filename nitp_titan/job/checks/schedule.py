@@ -61,6 +61,17 @@ def check_steps(draft: Draft) -> Iterator[Problem]:
         )
 
 
+def _profile_doubts(draft: Draft, steps: int) -> Iterator[str]:
+    if not draft.get("profiler", "enable_profiling"):
+        return
+    freq, warmup, active = (draft.get("profiler", f"profile{k}") for k in ("_freq", "r_warmup", "r_active"))
+    skipped, waitless = (draft.get("profiler", f"profiler_skip_first{k}") or 0 for k in ("", "_wait"))
+    before = skipped + (warmup if waitless else freq - active)
+    if steps <= before:
+        records = f"profiler.enable_profiling records from step {before + 1} on"
+        yield f"{records}, after training.steps {steps}: no trace has a step"
+
+
 def doubts(draft: Draft) -> Iterator[str]:
     """Yield what contradicts itself in a job that can run, a line each."""
     steps, length = draft.get("training", "steps"), _length(draft.get)
@@ -71,6 +82,7 @@ def doubts(draft: Draft) -> Iterator[str]:
             f"training.steps {steps} is more than lr_scheduler.total_steps {length}: later steps keep the last "
             f"learning rate, {end:g} of the peak"
         )
+    yield from _profile_doubts(draft, steps)
     warmup, ratio = draft.get("lr_scheduler", "warmup_steps"), draft.get("lr_scheduler", "decay_ratio")
     run = min(steps, length)
     if length > steps and schedule.decay:

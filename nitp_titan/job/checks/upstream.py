@@ -111,6 +111,27 @@ def check_training(draft: Draft) -> Iterator[Problem]:
             )
 
 
+def check_recomputation(draft: Draft) -> Iterator[Problem]:
+    """What torch.utils.checkpoint compares a recomputed tensor by has a name that it knows."""
+    found = draft.get("activation_checkpoint", "determinism_check")
+    if found not in ("default", "none"):
+        yield draft.problem(
+            "activation_checkpoint", "determinism_check", f'found {quote(found)}, expected "default" or "none"'
+        )
+
+
+def check_overrides(draft: Draft) -> Iterator[Problem]:
+    """The modules of ``override.imports`` exist; which functions they have is seen when they are imported."""
+    for target in draft.get("override", "imports"):
+        name = target if isinstance(target, str) else target[0]
+        module, _, function = name.rpartition(".")
+        if not module or not function:
+            yield draft.problem("override", "imports", f'found {quote(name)}, expected "module.function"')
+        elif not machine.has_module(module):
+            message = f"found {quote(name)}, whose module {quote(module)} cannot be found"
+            yield draft.problem("override", "imports", message)
+
+
 def check_lr_scheduler(draft: Draft) -> Iterator[Problem]:
     """An exponential decay never reaches 0."""
     if draft.get("lr_scheduler", "decay_type") == "exponential" and draft.get("lr_scheduler", "min_lr_factor") == 0:
@@ -244,6 +265,8 @@ def check_profiler(draft: Draft) -> Iterator[Problem]:
 CHECKS = (
     check_ranges,
     check_training,
+    check_recomputation,
+    check_overrides,
     check_lr_scheduler,
     check_parallelism,
     check_compile,
@@ -252,65 +275,3 @@ CHECKS = (
     check_validator,
     check_profiler,
 )
-
-
-def check_device(draft: Draft) -> Iterator[Problem]:
-    """What needs a GPU; a job may be checked on a machine without one."""
-    if machine.has_gpu():
-        return
-    backend = draft.get("model", "attn_backend")
-    graphs, states = not draft.get("training", "disable_cuda_graphs"), draft.get("optimizer", "implementation")
-    needs = [
-        ("training", "disable_cuda_graphs", graphs, "true: CUDA graphs need a GPU"),
-        ("model", "attn_backend", backend != "flex", f'"flex": {backend} needs a GPU'),
-        (
-            "optimizer",
-            "implementation",
-            states == "fused_opt_states_bf16",
-            '"foreach": bf16 optimizer states need a GPU',
-        ),
-        (
-            "parallelism",
-            "enable_fsdp_symm_mem",
-            draft.get("parallelism", "enable_fsdp_symm_mem"),
-            "false: symmetric memory needs a GPU",
-        ),
-        (
-            "profiler",
-            "enable_memory_snapshot",
-            draft.get("profiler", "enable_memory_snapshot"),
-            "false: torch records a GPU's memory alone",
-        ),
-    ]
-    for table, key, wrong, expected in needs:
-        if wrong:
-            yield draft.problem(table, key, f"found no GPU, expected {expected}")
-
-
-def check_wandb(draft: Draft) -> Iterator[Problem]:
-    """What TorchTitan would only log, and go on without: Weights & Biases is not installed."""
-    if draft.get("metrics", "enable_wandb") and not machine.has_module("wandb"):
-        message = "found true, and no package wandb in this environment"
-        yield draft.problem("metrics", "enable_wandb", message, "pip install wandb")
-
-
-def check_compiled_checkpointing(draft: Draft) -> Iterator[Problem]:
-    """torch 2.13 fails on compiled blocks that are sharded and checkpointed, with and without NITP.
-
-    Seen on a CPU, where torch 2.15 does it (selectively); not tried on a GPU.
-    """
-    mode = draft.get("activation_checkpoint", "mode")
-    sharded = draft.get("parallelism", "tensor_parallel_degree") > 1
-    if (
-        draft.compiles_blocks()
-        and mode in ("selective", "full")
-        and sharded
-        and machine.torch_version() == (2, 13)
-        and not machine.has_gpu()
-    ):
-        yield draft.problem(
-            "activation_checkpoint",
-            "mode",
-            f'found {quote(mode)}, expected "none" for compiled blocks under tensor parallelism with torch 2.13 '
-            "on a CPU",
-        )
