@@ -299,6 +299,7 @@ def test_missing_assets_are_an_error_of_training_alone(tmp_path):
         (["--training.no-disable_cuda_graphs"], "found no GPU, expected true: CUDA graphs need a GPU"),
         (["--model.attn_backend=varlen"], 'found no GPU, expected "flex": varlen needs a GPU'),
         (["--model.attn_backend=flex_flash"], 'found no GPU, expected "flex": flex_flash needs a GPU'),
+        (["--training.enable_cpu_offload"], "found no GPU, expected false: parameters are offloaded from a GPU"),
         (["--profiler.enable_memory_snapshot"], "found no GPU, expected false: torch records a GPU's memory alone"),
         (["--optimizer.implementation=fused_opt_states_bf16"], "bf16 optimizer states need a GPU"),
         (["--job.dump_folder=s3://bucket/run"], 'found "s3://bucket/run", expected a folder of this machine'),

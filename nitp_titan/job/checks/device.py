@@ -31,6 +31,12 @@ def check_device(draft: Draft) -> Iterator[Problem]:
             "false: symmetric memory needs a GPU",
         ),
         (
+            "training",
+            "enable_cpu_offload",
+            draft.get("training", "enable_cpu_offload"),
+            "false: parameters are offloaded from a GPU",
+        ),
+        (
             "profiler",
             "enable_memory_snapshot",
             draft.get("profiler", "enable_memory_snapshot"),
