@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from types import ModuleType
 
 from nitp_titan import __version__
 from nitp_titan.cli import check, env, export, plot, report
 from nitp_titan.job.reading.command_line import split_command_line, split_config_file
 
-_VERBS = {"check": check, "report": report, "export": export, "plot": plot, "env": env}
+_VERBS: dict[str, ModuleType] = {"check": check, "report": report, "export": export, "plot": plot, "env": env}
 _OF_JOBS = ("check", "report", "export")
 """Verbs that take ``--table.key value``."""
 

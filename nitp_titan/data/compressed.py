@@ -6,7 +6,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import zstandard
 
@@ -47,7 +47,9 @@ def _decompressed(path: Path | str, file: IO[bytes]) -> IO[bytes]:
     if not file.read(1):
         raise EOFError("a compressed file has a header, and this one is empty")
     file.seek(0)
-    return gzip.GzipFile(fileobj=file) if name.endswith(".gz") else io.BufferedReader(_ZstdFrames(file), _CHUNK)
+    if name.endswith(".gz"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    return io.BufferedReader(_ZstdFrames(file), _CHUNK)
 
 
 class _ZstdFrames(io.RawIOBase):

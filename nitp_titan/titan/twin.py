@@ -168,8 +168,8 @@ class NITPDecoder(_Base):
 
     def _run_in_vain(self, h_BLD: torch.Tensor, target_BLD: torch.Tensor, mask_BL: torch.Tensor) -> None:
         """Run the NITP branch forward and backward, so that it is compiled, and leave nothing of it."""
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in (h_BLD, target_BLD)]
-        nitp_sum = self._nitp_sum(*leaves, mask_BL)
+        h_BLD, target_BLD = leaves = [x.detach().requires_grad_(x.requires_grad) for x in (h_BLD, target_BLD)]
+        nitp_sum = self._nitp_sum(h_BLD, target_BLD, mask_BL)
         if nitp_sum.requires_grad:
             torch.autograd.grad(nitp_sum, [x for x in leaves if x.requires_grad], allow_unused=True)
 

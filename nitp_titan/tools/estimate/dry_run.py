@@ -119,7 +119,7 @@ def _counted(held: tuple[int, ...], weights: tuple[int, ...], gradients: tuple[i
         "optimizer_states": sum(moments[:2]),
         "projector": weights[2] + gradients[2] + moments[2],
     }
-    return dict.fromkeys(counted, 0) if run.offload else counted
+    return {name: 0 if run.offload else size for name, size in counted.items()}
 
 
 def _stage(model: RankModel, target_layer: int | None) -> Stage:

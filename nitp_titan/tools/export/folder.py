@@ -60,6 +60,7 @@ def export(checkpoint: Path, out: Path, job: Job, dtype: str | None = None) -> N
     problems = obstacles(spec.model)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         problems.append(f"{out} exists already")
+    tokenizer, source = None, None
     try:
         tokenizer = _tokenizer(job)
     except ExportError as error:
@@ -70,6 +71,8 @@ def export(checkpoint: Path, out: Path, job: Job, dtype: str | None = None) -> N
         problems += error.problems
     if problems:
         raise ExportError(*problems)
+    assert tokenizer is not None
+    assert source is not None
     plan = Plan.of(spec.model, source, TORCH_DTYPE_MAP[dtype] if dtype else None)
     if plan.architecture.remark:
         logger.warning(f"{plan.architecture.name}: {plan.architecture.remark}")
