@@ -117,6 +117,8 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--override.imports=no_such.module.function"], '--override.imports: found "no_such.module.function", whose '
          'module "no_such.module" cannot be found'),
         (["--override.imports=function"], '--override.imports: found "function", expected "module.function"'),
+        (["--training.max_norm=0"], "--training.max_norm: found 0.0, which would clip every gradient to nothing; a "
+         "number that no gradient reaches, such as 1e9, clips nothing"),
         (["--checkpoint.keep_latest_k", "1"], "--checkpoint.keep_latest_k: found 1, expected 0 (all) or at least 2"),
         (["--profiler.enable_profiling", "--profiler.profile_freq=3"], "--profiler.profile_freq: found 3, expected at "
          "least profiler_warmup 3 + profiler_active 1 = 4"),

@@ -27,6 +27,10 @@ VALIDATES_HUB = [*VALIDATES, "--validator.dataloader.dataset=hub:owner/name"]
 PROFILES = ["--profiler.enable_profiling"]
 SNAPSHOTS = ["--profiler.enable_memory_snapshot"]
 
+# The debug model's first block on the first of two stages, the others on the second.
+HALVES = str([["tok_embeddings", "layers.0"], [*(f"layers.{i}" for i in range(1, 6)), "norm", "lm_head"]])
+HALVES = HALVES.replace(" ", "")
+
 # The words that set each key. A key that acts at once:
 ACTS = """
 job: description=x dump_folder=x
@@ -55,7 +59,6 @@ metrics: enable_wandb=true
 validator: enable=true
 profiler: enable_profiling=true enable_memory_snapshot=true
 comm: init_timeout_seconds=7 train_timeout_seconds=7 trace_buf_size=7 save_traces_folder=x save_traces_file_prefix=x
-comm: mode=fake_backend
 debug: seed=7 deterministic=true detect_anomaly=true print_config=true save_config_file=x
 debug: enable_structured_logging=false
 override: imports=torchtitan.overrides.fused_swiglu.fused_swiglu
@@ -86,7 +89,7 @@ NEEDS: dict[str, list[str]] = {
     "parallelism: pipeline_parallel_first_stage_less_layers=2 pipeline_parallel_last_stage_less_layers=2": PIPELINE,
     "parallelism: pipeline_parallel_layers_per_stage=4 pipeline_parallel_schedule=GPipe": PIPELINE,
     "parallelism: pipeline_parallel_schedule_csv=pyproject.toml pipeline_parallel_microbatch_size=2": PIPELINE,
-    "parallelism: module_fqns_per_model_part=[['a'],['b']]": PIPELINE,
+    f"parallelism: module_fqns_per_model_part={HALVES}": PIPELINE,
     "parallelism: expert_parallel_degree=2": [*MOE, "--parallelism.data_parallel_shard_degree=2"],
     "activation_checkpoint: preserve_rng_state=false determinism_check=none debug=true": [
         "--activation_checkpoint.mode=full",
@@ -98,7 +101,7 @@ NEEDS: dict[str, list[str]] = {
     "compile: components=model backend=aot_eager": ["--compile.enable"],
     "compile: enable_async_tensor_parallel=true": ["--compile.enable", *TENSOR],
     "checkpoint: folder=x interval=7 keep_latest_k=7 load_step=7 exclude_from_loading=optimizer": SAVES,
-    "checkpoint: enable_first_step_checkpoint=true create_seed_checkpoint=true load_only=true": SAVES,
+    "checkpoint: enable_first_step_checkpoint=true load_only=true": SAVES,
     "checkpoint: async_mode=async initial_load_in_hf=true last_save_in_hf=true last_save_model_only=true": SAVES,
     "checkpoint: initial_load_path=/x": SAVES,
     "checkpoint: initial_load_model_only=false": [*SAVES, "--checkpoint.initial_load_path=/x"],
@@ -133,6 +136,8 @@ training: mixed_precision_reduce=bfloat16
 
 # What says itself elsewhere which of its values act.
 ELSEWHERE = {
+    "comm.mode": "of any other value it is said that nothing trains, or which package lacks",
+    "checkpoint.create_seed_checkpoint": "of a run that saves one it is said that nothing trains",
     "parallelism.enable_fsdp_symm_mem": "refused without a GPU; one rank is said",
     "debug.spmd_typechecking": "acts with spmd_backend = spmd_types, which needs torch >= 2.14",
 }

@@ -265,7 +265,7 @@ OVERRIDES = st.fixed_dictionaries(
         ("nitp", "target_layer"): st.none() | st.integers(0, 6),
         ("nitp", "shift"): st.sampled_from([0, 1]),
         ("float8", "filter_fqns"): st.lists(texts, max_size=3),
-        ("training", "max_norm"): st.integers(0, 10) | st.floats(0, 1e30),
+        ("training", "max_norm"): st.integers(1, 10) | st.floats(1e-6, 1e30),
         ("training", "seq_len"): st.sampled_from([64, 128, 512]),
         ("optimizer", "lr"): st.floats(0, 1),
         ("optimizer", "eps"): st.floats(0, 1e-3),

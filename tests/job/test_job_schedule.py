@@ -63,6 +63,10 @@ def test_a_run_past_its_schedule_is_said(overrides, expected):
          "not fit behind 150 warm-up steps: 50 steps decay"),
         (["--profiler.enable_profiling", "--profiler.profile_freq=201"], "profiler.enable_profiling records from step "
          "201 on, after training.steps 200: no trace has a step"),
+        (["--optimizer.lr=0"], "optimizer.lr is 0: nothing trains"),
+        (["--training.seq_len=1"], "training.seq_len is 1: no token has a next one, and NITP trains nothing"),
+        (["--comm.mode=fake_backend"], 'comm.mode is "fake_backend"'),
+        (["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"], "saves the model at step 0: nothing trains"),
         (["--nitp.start_step=201"], "nitp.start_step 201 is not before the run's end, training.steps 200: NITP trains "
          "never"),
         (["--nitp.start_step=200"], "NITP trains in its last step alone"),

@@ -16,6 +16,7 @@ from nitp_titan.job.checks import (
     layout,
     pipeline,
     schedule,
+    split,
     tokenizer,
     upstream,
 )
@@ -45,6 +46,7 @@ CHECKS = (
     *flex.CHECKS,
     *experts.CHECKS,
     *pipeline.CHECKS,
+    split.check_split,
     *upstream.CHECKS,
     schedule.check_steps,
     initial.check_enabled,
@@ -58,6 +60,7 @@ MACHINE_CHECKS = (
     check_output,
     device.check_device,
     device.check_wandb,
+    device.check_torchcomms,
     initial.check_files,
     device.check_compiled_checkpointing,
     experts.check_exchange,

@@ -48,6 +48,12 @@ def check_device(draft: Draft) -> Iterator[Problem]:
             yield draft.problem(table, key, f"found no GPU, expected {expected}")
 
 
+def check_torchcomms(draft: Draft) -> Iterator[Problem]:
+    """The package of ``comm.mode = "torchcomms"`` is there."""
+    if draft.get("comm", "mode") == "torchcomms" and not machine.has_module("torchcomms"):
+        yield draft.problem("comm", "mode", 'found "torchcomms", and no package torchcomms in this environment')
+
+
 def check_wandb(draft: Draft) -> Iterator[Problem]:
     """What TorchTitan would only log, and go on without: Weights & Biases is not installed."""
     if draft.get("metrics", "enable_wandb") and not machine.has_module("wandb"):

@@ -63,7 +63,7 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
             message = f"found {quote(file)}, which is no file"
             yield draft.problem("parallelism", "pipeline_parallel_schedule_csv", message)
         return
-    schedule = _schedule(draft)
+    schedule = schedule_of(draft)
     if schedule is None:
         found = draft.get("parallelism", "pipeline_parallel_schedule")
         yield draft.problem(
@@ -106,7 +106,7 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
 def check_blocks(draft: Draft) -> Iterator[Problem]:
     """Context parallelism wraps the attention of every stage, so that each needs a block."""
     degree = draft.get("parallelism", "pipeline_parallel_degree")
-    schedule = _schedule(draft)
+    schedule = schedule_of(draft)
     if degree <= 1 or draft.get("parallelism", "context_parallel_degree") <= 1 or schedule is None:
         return
     if any(draft.get("parallelism", f"pipeline_parallel_{key}") for key in ("schedule_csv", "layers_per_stage")):
@@ -128,7 +128,7 @@ def check_zero_bubble(draft: Draft) -> Iterator[Problem]:
     """Schedules that take a backward pass apart, or run it as a V, cannot do everything with it."""
     if draft.get("parallelism", "pipeline_parallel_degree") <= 1:
         return
-    schedule = _schedule(draft)
+    schedule = schedule_of(draft)
     if schedule in SPLIT_BACKWARD and draft.compiles_blocks():
         yield draft.problem(
             "parallelism",
@@ -173,7 +173,7 @@ def check_micro_batches(draft: Draft) -> Iterator[Problem]:
             f"found {size}, expected a divisor of training.local_batch_size {local}",
         )
         return
-    schedule, number = _schedule(draft), local // size
+    schedule, number = schedule_of(draft), local // size
     if (
         draft.get("parallelism", "pipeline_parallel_schedule_csv")
         or schedule is None
@@ -194,7 +194,8 @@ def check_micro_batches(draft: Draft) -> Iterator[Problem]:
     )
 
 
-def _schedule(draft: Draft) -> str | None:
+def schedule_of(draft: Draft) -> str | None:
+    """Return the schedule's name as torch writes it; None for one that is not known."""
     found = draft.get("parallelism", "pipeline_parallel_schedule").lower()
     return next((name for name in SCHEDULES if name.lower() == found), None)
 

@@ -72,6 +72,18 @@ def _profile_doubts(draft: Draft, steps: int) -> Iterator[str]:
         yield f"{records}, after training.steps {steps}: no trace has a step"
 
 
+def _idle_doubts(draft: Draft) -> Iterator[str]:
+    """Yield a line for each value with which a run goes through its steps and trains nothing, or less than it says."""
+    if draft.get("optimizer", "lr") == 0:
+        yield "optimizer.lr is 0: nothing trains"
+    if draft.get("checkpoint", "enable") and draft.get("checkpoint", "create_seed_checkpoint"):
+        yield "checkpoint.create_seed_checkpoint saves the model at step 0: nothing trains"
+    if draft.get("training", "seq_len") == 1 and draft.get("nitp", "enable") and draft.get("nitp", "shift"):
+        yield "training.seq_len is 1: no token has a next one, and NITP trains nothing"
+    if (mode := draft.get("comm", "mode")) in ("fake_backend", "local_tensor"):
+        yield f'comm.mode is "{mode}", for looking at a run: ranks exchange nothing, and nothing trains'
+
+
 def doubts(draft: Draft) -> Iterator[str]:
     """Yield what contradicts itself in a job that can run, a line each."""
     steps, length = draft.get("training", "steps"), _length(draft.get)
@@ -83,6 +95,7 @@ def doubts(draft: Draft) -> Iterator[str]:
             f"learning rate, {end:g} of the peak"
         )
     yield from _profile_doubts(draft, steps)
+    yield from _idle_doubts(draft)
     warmup, ratio = draft.get("lr_scheduler", "warmup_steps"), draft.get("lr_scheduler", "decay_ratio")
     run = min(steps, length)
     if length > steps and schedule.decay:

@@ -96,6 +96,9 @@ def check_training(draft: Draft) -> Iterator[Problem]:
     if total < -1 or total == 0:
         expected = "at least 1, or -1 (local_batch_size x data-parallel degree)"
         yield draft.problem("training", "global_batch_size", f"found {total}, expected {expected}")
+    if draft.get("training", "max_norm") == 0:
+        hint = "a number that no gradient reaches, such as 1e9, clips nothing"
+        yield draft.problem("training", "max_norm", "found 0.0, which would clip every gradient to nothing", hint)
     if draft.get("debug", "batch_invariant"):
         yield draft.problem("debug", "batch_invariant", "found true, expected false: not supported in pre-training")
     if draft.get("debug", "spmd_typechecking") and draft.get("parallelism", "spmd_backend") == "spmd_types":
@@ -230,6 +233,9 @@ def check_checkpoint(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(
             "checkpoint", "create_seed_checkpoint", "found true with load_only = true, which saves none"
         )
+    if value("enable") and value("create_seed_checkpoint") and draft.world_size > 1:
+        message = f"found true on {draft.world_size} ranks, expected 1: a seed checkpoint is saved by one"
+        yield draft.problem("checkpoint", "create_seed_checkpoint", message)
     path = (value("initial_load_path") or "").strip()
     for key, needed in (("initial_load_in_hf", "initial_load_model_only"), ("last_save_in_hf", "last_save_model_only")):
         if value(key) and not value(needed):
