@@ -99,14 +99,14 @@ def test_flat_optimizer_is_one_parameter_group():
     [
         ("none", None),
         ("full", FullAC.Config(preserve_rng_state=False)),
-        ("selective", SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=["x"])),
+        ("selective", SelectiveAC.Config(preserve_rng_state=False, force_recompute_mm_shapes_by_fqns=["wqkv"])),
         ("memory_budget", MemoryBudgetAC.Config(preserve_rng_state=False, memory_budget=0.25)),
     ],
 )
 def test_flat_activation_checkpointing(mode, expected):
     table = "--activation_checkpoint"
     options = [f"{table}.mode={mode}", f"{table}.no-preserve_rng_state", f"{table}.memory_budget=0.25"]
-    options += [f"{table}.force_recompute_mm_shapes_by_fqns=x", "--compile.enable"]
+    options += [f"{table}.force_recompute_mm_shapes_by_fqns=wqkv", "--compile.enable"]
     assert build(*options).activation_checkpoint == expected
 
 

@@ -10,6 +10,7 @@ from nitp_titan.job.checks.tokenizer import BYTE_VOCABULARY
 from nitp_titan.runtime import machine
 
 UPSTREAM = ["--model.module=llama3", "--model.flavor=debugmodel", "--dataloader.dataset=c4"]
+RECOMPUTES = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.force_recompute_mm_shapes_by_fqns"]
 STOCK = ["--nitp.no-enable"]
 
 
@@ -116,6 +117,9 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
          '"nothing", expected "default" or "none"'),
         (["--override.imports=no_such.module.function"], '--override.imports: found "no_such.module.function", whose '
          'module "no_such.module" cannot be found'),
+        ([*RECOMPUTES, "nothing.here"], 'found "nothing.here", which is in no linear layer\'s name of a block'),
+        ([*RECOMPUTES, "projector.w1"], 'found "projector.w1", which is in no linear layer\'s name of a block'),
+        ([*RECOMPUTES, "attention"], 'by_fqns: found "attention", which names other modules than linear layers too'),
         (["--override.imports=function"], '--override.imports: found "function", expected "module.function"'),
         (["--training.max_norm=0"], "--training.max_norm: found 0.0, which would clip every gradient to nothing; a "
          "number that no gradient reaches, such as 1e9, clips nothing"),

@@ -94,7 +94,7 @@ NEEDS: dict[str, list[str]] = {
     "activation_checkpoint: preserve_rng_state=false determinism_check=none debug=true": [
         "--activation_checkpoint.mode=full",
     ],
-    "activation_checkpoint: force_recompute_mm_shapes_by_fqns=x": ["--activation_checkpoint.mode=selective"],
+    "activation_checkpoint: force_recompute_mm_shapes_by_fqns=attention.wo": ["--activation_checkpoint.mode=selective"],
     "activation_checkpoint: memory_budget=0.25 visualize_memory_budget_pareto=true": [
         "--activation_checkpoint.mode=memory_budget", "--compile.enable",
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.layers import (
@@ -19,9 +19,6 @@ from nitp_titan.job.layout import Layout
 from nitp_titan.job.shape import shape_of
 from nitp_titan.nitp.config import NITPConfig
 from nitp_titan.runtime import machine
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_float8(draft: Draft) -> Iterator[Problem]:

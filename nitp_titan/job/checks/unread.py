@@ -122,7 +122,9 @@ def _validated_otherwise(draft: Draft) -> str:
 def _in_memory(draft: Draft, table: str) -> str:
     # TorchTitan's c4 is read in order whatever is asked for.
     dataset = draft.get(table, "dataset")
-    memory = dataset == "python_stdlib" or (not dataset.startswith("c4") and not draft.get(table, "streaming"))
+    if dataset == "python_stdlib":
+        return f"{table}.dataset is {quote(dataset)}, all of whose documents are shuffled"
+    memory = not dataset.startswith("c4") and not draft.get(table, "streaming")
     return f"{table}.streaming is false, and all documents are shuffled" if memory else ""
 
 

@@ -114,15 +114,6 @@ def check_training(draft: Draft) -> Iterator[Problem]:
             )
 
 
-def check_recomputation(draft: Draft) -> Iterator[Problem]:
-    """What torch.utils.checkpoint compares a recomputed tensor by has a name that it knows."""
-    found = draft.get("activation_checkpoint", "determinism_check")
-    if found not in ("default", "none"):
-        yield draft.problem(
-            "activation_checkpoint", "determinism_check", f'found {quote(found)}, expected "default" or "none"'
-        )
-
-
 def check_overrides(draft: Draft) -> Iterator[Problem]:
     """The modules of ``override.imports`` exist; which functions they have is seen when they are imported."""
     for target in draft.get("override", "imports"):
@@ -271,7 +262,6 @@ def check_profiler(draft: Draft) -> Iterator[Problem]:
 CHECKS = (
     check_ranges,
     check_training,
-    check_recomputation,
     check_overrides,
     check_lr_scheduler,
     check_parallelism,
