@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +63,17 @@ def quiet_logs(verbose: bool) -> Iterator[None]:
         yield
     finally:
         root.setLevel(usual)
+
+
+def measure(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a program on the device that its options choose; return the exit code: its own, or 2 for a wrong option."""
+    try:
+        choose_device(options.device)
+        with quiet_logs(options.verbose), compiled_alone():
+            return run(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def print_table(table: Table) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import results
-from benchmarks.console import choose_device, compiled_alone, quiet_logs, show
+from benchmarks.console import measure, show
 from benchmarks.measure import DeviceClock, Spread, overhead_by_round, overhead_of_medians, take_turns_or_drop_out
 from nitp_titan.nitp.config import CHUNK_TOKENS
 
@@ -269,14 +269,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 for a wrong option."""
-    options = parse(arguments)
-    try:
-        choose_device(options.device)
-        with quiet_logs(options.verbose), compiled_alone():
-            return run(options)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return measure(run, parse(arguments))
 
 
 if __name__ == "__main__":

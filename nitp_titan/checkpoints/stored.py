@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nitp_titan.checkpoints.fit import Misfit
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
+from nitp_titan.runs.steps import complete_steps, is_complete
 
 
 class ExportError(ValueError):
@@ -31,27 +32,18 @@ def find_checkpoint(path: Path, folder: str = "checkpoint") -> Path:
     """
     if not path.is_dir():
         raise ExportError(f"{path} is not a folder")
-    if _is_complete(path):
+    if is_complete(path):
         return path
     for place in (path, path / folder):
-        if steps := _complete_steps(place):
-            return steps[-1]
+        if steps := complete_steps(place):
+            return place / f"step-{steps[-1]}"
     if re.fullmatch(r"step-\d+", path.name):
         if any(path.glob("*.safetensors")):
             raise ExportError(f"{path} is in Hugging Face format already (checkpoint.last_save_in_hf)")
-        others = ", ".join(step.name for step in _complete_steps(path.parent))
+        others = ", ".join(f"step-{step}" for step in complete_steps(path.parent))
         hint = f"; complete beside it: {others}" if others else ""
         raise ExportError(f"{path} is incomplete: it has no .metadata, which is written last{hint}")
     raise ExportError(f"{path} has no complete checkpoint: no step-N with a .metadata, here or in {folder}")
-
-
-def _complete_steps(folder: Path) -> list[Path]:
-    steps = [step for step in folder.glob("step-*") if re.fullmatch(r"step-\d+", step.name) and _is_complete(step)]
-    return sorted(steps, key=lambda step: int(step.name.removeprefix("step-")))
-
-
-def _is_complete(step: Path) -> bool:
-    return (step / ".metadata").is_file()
 
 
 class Checkpoint:

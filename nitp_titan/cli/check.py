@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from nitp_titan.cli.common import add_ngpu, fail, ranks_of
-from nitp_titan.job import Job, JobError, load_job
+from nitp_titan.job import Job, load_job
 from nitp_titan.job.errors import did_you_mean, one_of
 from nitp_titan.job.keys.schema import all_tables
-from nitp_titan.job.resolve import resolve
+from nitp_titan.job.resolve import merge
 from nitp_titan.runtime import machine
 from nitp_titan.tools.explain import explain, explain_keys, warnings_of
 
@@ -61,43 +61,32 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             return fail(f"--keys: unknown table {table!r}; {hint}")
     elif arguments.file is None:
         return fail("nitp-titan check: expected a job file; see nitp-titan check --help")
-    try:
-        world_size = ranks_of(arguments)
-    except argparse.ArgumentTypeError as error:
-        return fail(f"WORLD_SIZE: {error}")
+    world_size = ranks_of(arguments)
     device = arguments.device or os.environ.get("NITP_TITAN_DEVICE")
     if device and device not in machine.DEVICES:
         return fail(f"NITP_TITAN_DEVICE: found {device!r}, expected {one_of(machine.DEVICES)}")
     with machine.meant_for(device or _usual_device(arguments.file, overrides, world_size)):
-        try:
-            job = load_job(arguments.file, overrides, world_size)
-        except JobError as error:
-            return fail(str(error))
+        job = load_job(arguments.file, overrides, world_size)
         if arguments.keys is not None:
             print("\n".join(explain_keys(job, table or None)).rstrip(), flush=True)
             return 0
         print(explain(job), flush=True)
-        if arguments.dry_run and (code := _dry_run(job)):
-            return code
+        if arguments.dry_run:
+            _dry_run(job)
         warned = len(warnings_of(job)) if arguments.strict else 0
         return fail(f"--strict: {warned} warning{'s' * (warned > 1)}") if warned else 0
 
 
-def _dry_run(job: Job) -> int:
+def _dry_run(job: Job) -> None:
     from nitp_titan.runtime import prepare
 
     prepare()
     from nitp_titan.tools.estimate.dry_run import dry_run, render
 
-    try:
-        groups = dry_run(job)
-    except JobError as error:
-        return fail(str(error))
-    print(f"\n{render(groups)}", flush=True)
-    return 0
+    print(f"\n{render(dry_run(job))}", flush=True)
 
 
 def _usual_device(file: str | None, overrides: list[str], world_size: int) -> str:
-    draft, _ = resolve(file, overrides, world_size)
+    draft, _ = merge(file, overrides, world_size)
     flavor = draft.settings.get(("model", "flavor"))
     return machine.usual_device(flavor.value) if flavor is not None else "here"

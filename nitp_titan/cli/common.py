@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from nitp_titan.job.errors import JobError, Problem
+
 _MOST_RANKS = 10**7
 """More is a slip of the finger, because every rank's stage and expert is looked at in turn."""
 
@@ -18,8 +20,15 @@ def positive(text: str) -> int:
 
 
 def ranks_of(arguments: argparse.Namespace) -> int:
-    """Return how many ranks a run is to have: ``--ngpu``, or this environment's."""
-    return arguments.ngpu or positive(os.environ.get("WORLD_SIZE") or "1")
+    """Return how many ranks a run is to have: ``--ngpu``, or this environment's.
+
+    Raises:
+        JobError: ``WORLD_SIZE`` is no number of ranks.
+    """
+    try:
+        return arguments.ngpu or positive(os.environ.get("WORLD_SIZE") or "1")
+    except argparse.ArgumentTypeError as error:
+        raise JobError([Problem("WORLD_SIZE", "", str(error))]) from error
 
 
 def fail(message: str) -> int:

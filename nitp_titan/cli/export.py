@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.cli.common import fail
-from nitp_titan.job import JobError, load_job
+from nitp_titan.job import load_job
 from nitp_titan.job.layout import DEGREES
 
 DESCRIPTION = """\
@@ -53,10 +53,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return fail(
             f"--job.config_file: expected the job's file, since {arguments.checkpoint} has no config.toml by it"
         )
-    try:
-        job = load_job(config_file, [*overrides, *_OVERRIDES], 1)
-    except JobError as error:
-        return fail(str(error))
+    job = load_job(config_file, [*overrides, *_OVERRIDES], 1)
     from nitp_titan.runtime import prepare
 
     prepare()

@@ -9,6 +9,8 @@ from types import ModuleType
 
 from nitp_titan import __version__
 from nitp_titan.cli import check, env, export, plot, report
+from nitp_titan.cli.common import fail
+from nitp_titan.job import JobError
 from nitp_titan.job.reading.command_line import split_command_line, split_config_file
 
 _VERBS: dict[str, ModuleType] = {"check": check, "report": report, "export": export, "plot": plot, "env": env}
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return _VERBS[arguments.command].run(arguments)
+    except JobError as error:
+        return fail(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -6,8 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from nitp_titan.cli.common import add_ngpu, fail, ranks_of
-from nitp_titan.job import JobError
+from nitp_titan.cli.common import add_ngpu, ranks_of
 
 DESCRIPTION = """\
 Count a model's parameters and training FLOPs per token, what NITP adds to them (and what a multi-token-prediction
@@ -37,11 +36,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the report; return the exit code."""
     from nitp_titan.tools.report import render, report
 
-    try:
-        costs = report(arguments.model, overrides, ranks_of(arguments))
-    except argparse.ArgumentTypeError as error:
-        return fail(f"WORLD_SIZE: {error}")
-    except JobError as error:
-        return fail(str(error))
+    costs = report(arguments.model, overrides, ranks_of(arguments))
     print(json.dumps(costs, indent=2) if arguments.json else render(costs), flush=True)
     return 0

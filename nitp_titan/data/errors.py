@@ -6,6 +6,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def shortened(text: str, characters: int = 60) -> str:
+    """Return the beginning of a text that is too long for a message."""
+    return text if len(text) <= characters else f"{text[:characters]}..."
+
+
 class DataError(ValueError):
     """A corpus that cannot be found, opened or read; the message names the file and, where there is one, the line."""
 

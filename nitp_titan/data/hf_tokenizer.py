@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from nitp_titan.data.errors import DataError
+from nitp_titan.data.errors import DataError, shortened
 from nitp_titan.data.tokenizer_folder import documents_get, read_folder
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 60  # characters of a text in a message
 
 
 class TextTokenizer(HuggingFaceTokenizer):
@@ -71,8 +69,8 @@ class TextTokenizer(HuggingFaceTokenizer):
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises Exception itself
-            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-            raise DataError(f"the tokenizer of {self.tokenizer_path} cannot encode {shown!r}: {error}") from error
+            message = f"the tokenizer of {self.tokenizer_path} cannot encode {shortened(text)!r}: {error}"
+            raise DataError(message) from error
         if add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_eos and self.eos_id is not None:

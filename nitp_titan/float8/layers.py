@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,14 +89,20 @@ def unmatched(config: Float8Config, layers: Iterable[LinearLayer]) -> Iterator[t
     """Yield (word of ``filter_fqns`` that is in no layer's name, nearest part of one or "")."""
     # The projector's also where NITP is off, so that one file serves both sides of a comparison.
     names = [*(layer.name for layer in layers), *(f"projector.w{part}" for part in (1, 2, 3))]
-    known = {AUTO_FILTER: None}
+    words = [word for word in config.filter_fqns if word != AUTO_FILTER]
+    yield from in_no_name(words, names, near=[AUTO_FILTER])
+
+
+def in_no_name(words: Iterable[str], names: Sequence[str], *, near: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (word that is part of no layer's name, nearest part of one, or of ``near``, or "")."""
+    known = dict.fromkeys(near)
     for name in names:
         parts = [part for part in name.split(".") if not part.isdigit()]
         known |= dict.fromkeys([*parts, *(".".join(pair) for pair in pairwise(parts))])
-    for word in config.filter_fqns:
-        if word != AUTO_FILTER and not any(word in name for name in names):
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-            yield word, near[0] if near else ""
+    for word in words:
+        if not any(word in name for name in names):
+            nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+            yield word, nearest[0] if nearest else ""
 
 
 def layers_of_shape(shape: Shape, nitp: NITPConfig, *, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[LinearLayer]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.job.errors import COMMAND_LINE, Problem, quote, shortened
+from nitp_titan.data.errors import shortened
+from nitp_titan.job.errors import COMMAND_LINE, Problem, quote
 from nitp_titan.job.model_facts import ModelFacts
 
 

@@ -41,11 +41,6 @@ class JobError(ValueError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def shortened(text: str, characters: int = 60) -> str:
-    """Return the beginning of a text that is too long for a message."""
-    return text if len(text) <= characters else f"{text[:characters]}..."
-
-
 def quote(value: object) -> str:
     """Return ``value`` as one would write it in TOML."""
     if isinstance(value, bool):

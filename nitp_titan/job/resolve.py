@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from nitp_titan.job import defaults
-from nitp_titan.job.checks import initial, schedule
-from nitp_titan.job.checks.all import CHECKS, MACHINE_CHECKS, weight_doubts
+from nitp_titan.job.checks import idle, initial, schedule
+from nitp_titan.job.checks.all import CHECKS, MACHINE_CHECKS
 from nitp_titan.job.checks.model import check_model
 from nitp_titan.job.checks.shape import check_shape
 from nitp_titan.job.checks.unread import unread
@@ -24,22 +24,19 @@ from nitp_titan.job.reading.extends import ReadFile, read_file
 from nitp_titan.job.shape import drop_unchanged, shape_of
 from nitp_titan.models.flavors import FLAVORS
 
-DOUBTS = (weight_doubts, schedule.doubts, schedule.resume_doubts)
+DOUBTS = (idle.idle_doubts, idle.profile_doubts, schedule.doubts, schedule.resume_doubts)
 
 
-def resolve(
-    file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False
-) -> tuple[Draft, list[Problem]]:
-    """Merge the layers and check the result as far as that goes without importing the model.
+def merge(file: str | Path | None, overrides: list[str], world_size: int) -> tuple[Draft, list[Problem]]:
+    """Merge defaults, flavor, file and command line.
 
     Args:
         file: the job file; None for the defaults and the command line alone.
         overrides: ``--table.key value`` words.
         world_size: ranks of the run.
-        for_training: also check what the run needs of this machine.
 
     Returns:
-        The draft, and everything that is wrong with it.
+        The draft, without settings where not all of the file can be read, and what is wrong with the words of both.
     """
     read = read_file(file) if file is not None else ReadFile({}, set(), [], whole=True)
     from_words, bad_words, word_problems = read_command_line(overrides)
@@ -55,6 +52,23 @@ def resolve(
     flavor_layer = _flavor_layer(draft)
     draft.base = defaults_layer | flavor_layer
     draft.settings.update({key: s for key, s in flavor_layer.items() if draft.is_default(*key)})
+    return draft, problems
+
+
+def resolve(
+    file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False
+) -> tuple[Draft, list[Problem]]:
+    """Merge the layers and check the result as far as that goes without importing the model.
+
+    Args:
+        for_training: also check what the run needs of this machine; the others are :func:`merge`'s.
+
+    Returns:
+        The draft, and everything that is wrong with it.
+    """
+    draft, problems = merge(file, overrides, world_size)
+    if not draft.settings:
+        return draft, problems
     if unknown := list(run_checks(draft, [check_model])):
         # What the flavor would have set is as unknown as the flavor.
         draft.bad |= {("model", "module"), ("model", "flavor")}

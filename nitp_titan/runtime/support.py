@@ -60,32 +60,23 @@ def _float8(torch: Version, device: Device) -> Verdict:
     return True, "" if device.capability[0] in (9, 10) else "linear layers; experts need compute capability 9 or 10"
 
 
+def _since_2_13(torch: Version, device: Device) -> Verdict:
+    if torch < (2, 13):
+        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
+    return True, ""
+
+
 def _cuda_graphs(torch: Version, device: Device) -> Verdict:
     if device.type != "cuda":
         return False, "needs an NVIDIA GPU"
-    if torch < (2, 13):
-        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
-    return True, "dense models; upstream refuses them for expert and pipeline parallelism"
+    works, reason = _since_2_13(torch, device)
+    return works, reason or "dense models; upstream refuses them for expert and pipeline parallelism"
 
 
 def _expert_parallel(torch: Version, device: Device) -> Verdict:
-    if torch < (2, 13):
-        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
     if not device.is_gpu and torch >= (2, 15):
         return False, f"gloo's all-to-all fails on torch {_dotted(torch)}; torch 2.13 works on a CPU"
-    return True, ""
-
-
-def _chunked_cross_entropy(torch: Version, device: Device) -> Verdict:
-    if torch < (2, 13):
-        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
-    return True, ""
-
-
-def _pipeline_parallel(torch: Version, device: Device) -> Verdict:
-    if torch < (2, 13):
-        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
-    return True, ""
+    return _since_2_13(torch, device)
 
 
 def _context_parallel(torch: Version, device: Device) -> Verdict:
@@ -115,9 +106,9 @@ FEATURES: tuple[tuple[str, Callable[[Version, Device], Verdict]], ...] = (
     ("flex attention", _flex_attention),
     ("float8", _float8),
     ("CUDA graphs", _cuda_graphs),
-    ("upstream's chunked cross-entropy", _chunked_cross_entropy),
+    ("upstream's chunked cross-entropy", _since_2_13),
     ("expert parallelism", _expert_parallel),
-    ("pipeline parallelism", _pipeline_parallel),
+    ("pipeline parallelism", _since_2_13),
     ("context parallelism", _context_parallel),
     ("python -m torchtitan.train", _upstream_entry),
 )

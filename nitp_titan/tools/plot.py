@@ -58,19 +58,10 @@ FEW_POINTS = 12
 """Points of a series up to which each one gets a small marker."""
 
 
-# Reading ---------------------------------------------------------------------------------------------
-
-
-# Names -----------------------------------------------------------------------------------------------
-
-
 def _shorten(name: str, limit: int = 60) -> str:
     if len(name) <= limit:
         return name
     return f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"
-
-
-# Drawing ---------------------------------------------------------------------------------------------
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:

@@ -22,11 +22,6 @@ SIXTY = drawn(8, 60)
 """Those of ``drawn_layouts.md``."""
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> References:
-    return References(tmp_path_factory.mktemp("one"))
-
-
 @pytest.mark.parametrize("layout", TRAINED, ids=str)
 def test_drawn_layout_trains_as_one_process_does(layout: Layout, references: References, tmp_path):
     assert not list(compare(layout, tmp_path, references).problems(layout))

@@ -10,11 +10,6 @@ from tests.distributed.layouts import LAYOUTS, Layout, layout
 from tests.distributed.parity import TOLERANCES, Differences, References, Tolerances, compare, ratio
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> References:
-    return References(tmp_path_factory.mktemp("one"))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_trains_as_one_process_does(layout: Layout, references: References, tmp_path):
     assert not list(compare(layout, tmp_path, references).problems(layout))

@@ -1,8 +1,6 @@
-"""What a job's values must agree on: NITP and the loss with the model; and the list of all checks."""
+"""The list of all checks of what a job's values must agree on."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from nitp_titan.job.checks import (
     attention,
@@ -24,14 +22,6 @@ from nitp_titan.job.checks import (
 from nitp_titan.job.checks.loss import check_loss, check_loss_chunks
 from nitp_titan.job.checks.nitp import check_nitp
 from nitp_titan.job.checks.output import check_output
-from nitp_titan.job.draft import Draft
-
-
-def weight_doubts(draft: Draft) -> Iterator[str]:
-    """Yield a line where NITP is computed for nothing."""
-    if draft.get("nitp", "enable") and draft.get("nitp", "weight") == 0:
-        yield "nitp.weight is 0: NITP is computed and logged, and trains nothing; nitp.enable = false is the baseline"
-
 
 CHECKS = (
     check_nitp,

@@ -13,9 +13,9 @@ from nitp_titan.job.keys.schema import all_tables, upstream
 from nitp_titan.job.model_facts import OURS, ModelFacts, facts, flavors
 from nitp_titan.models.hf.config_json import Difference, differences
 from nitp_titan.models.hf.families import Computed
+from nitp_titan.runs.steps import HF_INDEX
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 
 # What TorchTitan's readers turn back into plain numbers, by the architecture that has such weights.
 _QUANTIZED = {"DeepseekV3ForCausalLM": "fp8", "Ernie4_5_MoeForCausalLM": "fp8"}
@@ -126,12 +126,12 @@ def check_hf_files(draft: Draft) -> Iterator[Problem]:
         message = f"found {quote(path)}, which has no {CONFIG} to compare the model with"
         yield draft.problem(table, keys, message, f"put the {CONFIG} of its weights there")
     for name in _lacking_files(folder):
-        yield draft.problem(table, keys, f"found {quote(path)}, whose {INDEX} names {name}, which is not there")
+        yield draft.problem(table, keys, f"found {quote(path)}, whose {HF_INDEX} names {name}, which is not there")
 
 
 def _lacking_files(folder: Path) -> list[str]:
     try:
-        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = json.loads((folder / HF_INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # None, or one that the reader of the weights will speak of.
         return []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
+from nitp_titan.runs.steps import HF_INDEX, METADATA, complete_steps, is_complete
+
+_LOADED = (METADATA, HF_INDEX)
+"""What TorchTitan knows a checkpoint by that it would load."""
 
 _NEEDS_ENABLE = {
     "initial_load_path": "the run would start from random weights",
@@ -37,7 +40,7 @@ def check_files(draft: Draft) -> Iterator[Problem]:
     folder = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
     step = draft.get("checkpoint", "load_step")
     if step >= 0:
-        if not is_checkpoint(folder / f"step-{step}"):
+        if not is_complete(folder / f"step-{step}", _LOADED):
             latest = latest_step(folder)
             hint = f"the latest there is {latest}" if latest is not None else "there is none"
             yield draft.problem("checkpoint", "load_step", f"found {step}, which {folder} has no checkpoint of", hint)
@@ -80,7 +83,7 @@ def _check_start(draft: Draft) -> Iterator[Problem]:
         other = next((file.name for file in place.glob("*.bin")), "")
         hint = f"convert {other} to safetensors" if other else ""
         yield draft.problem(table, key, f"{found}, which has no .safetensors file", hint)
-    if in_hf or (place / ".metadata").is_file():
+    if in_hf or is_complete(place):
         return
     hint = "set initial_load_in_hf = true for Hugging Face's safetensors" if safetensors else ""
     for inside in (place, place / "checkpoint"):
@@ -91,14 +94,4 @@ def _check_start(draft: Draft) -> Iterator[Problem]:
 
 def latest_step(folder: Path) -> int | None:
     """Return the latest step of which a folder has a complete checkpoint; None where it has none."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return None
-    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
-    return max((step for step in steps if is_checkpoint(folder / f"step-{step}")), default=None)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether TorchTitan would load this folder: it has a distributed checkpoint or Hugging Face's index."""
-    return any((folder / name).is_file() for name in (".metadata", "model.safetensors.index.json"))
+    return max(complete_steps(folder, _LOADED), default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nitp_titan.float8.layers import layers_of_shape
+from nitp_titan.float8.layers import in_no_name, layers_of_shape
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
 from nitp_titan.job.shape import shape_of
@@ -31,10 +31,12 @@ def check_recomputed_layers(draft: Draft) -> Iterator[Problem]:
     if shape is None:
         return
     names = [layer.name for layer in layers_of_shape(shape, NITPConfig()) if layer.name.startswith("layers.")]
-    for word in draft.get(_TABLE, _FQNS):
-        if not any(word in name for name in names):
-            yield draft.problem(_TABLE, _FQNS, f"found {quote(word)}, which is in no linear layer's name of a block")
-        elif any(word in name.rpartition(".")[0] for name in names):
+    words = draft.get(_TABLE, _FQNS)
+    for word, near in in_no_name(words, names):
+        message = f"found {quote(word)}, which is in no linear layer's name of a block"
+        yield draft.problem(_TABLE, _FQNS, message, f'did you mean "{near}"?' if near else "")
+    for word in words:
+        if any(word in name.rpartition(".")[0] for name in names):
             yield draft.problem(_TABLE, _FQNS, f"found {quote(word)}, which names other modules than linear layers too")
 
 

@@ -61,29 +61,6 @@ def check_steps(draft: Draft) -> Iterator[Problem]:
         )
 
 
-def _profile_doubts(draft: Draft, steps: int) -> Iterator[str]:
-    if not draft.get("profiler", "enable_profiling"):
-        return
-    freq, warmup, active = (draft.get("profiler", f"profile{k}") for k in ("_freq", "r_warmup", "r_active"))
-    skipped, waitless = (draft.get("profiler", f"profiler_skip_first{k}") or 0 for k in ("", "_wait"))
-    before = skipped + (warmup if waitless else freq - active)
-    if steps <= before:
-        records = f"profiler.enable_profiling records from step {before + 1} on"
-        yield f"{records}, after training.steps {steps}: no trace has a step"
-
-
-def _idle_doubts(draft: Draft) -> Iterator[str]:
-    """Yield a line for each value with which a run goes through its steps and trains nothing, or less than it says."""
-    if draft.get("optimizer", "lr") == 0:
-        yield "optimizer.lr is 0: nothing trains"
-    if draft.get("checkpoint", "enable") and draft.get("checkpoint", "create_seed_checkpoint"):
-        yield "checkpoint.create_seed_checkpoint saves the model at step 0: nothing trains"
-    if draft.get("training", "seq_len") == 1 and draft.get("nitp", "enable") and draft.get("nitp", "shift"):
-        yield "training.seq_len is 1: no token has a next one, and NITP trains nothing"
-    if (mode := draft.get("comm", "mode")) in ("fake_backend", "local_tensor"):
-        yield f'comm.mode is "{mode}", for looking at a run: ranks exchange nothing, and nothing trains'
-
-
 def doubts(draft: Draft) -> Iterator[str]:
     """Yield what contradicts itself in a job that can run, a line each."""
     steps, length = draft.get("training", "steps"), _length(draft.get)
@@ -94,8 +71,6 @@ def doubts(draft: Draft) -> Iterator[str]:
             f"training.steps {steps} is more than lr_scheduler.total_steps {length}: later steps keep the last "
             f"learning rate, {end:g} of the peak"
         )
-    yield from _profile_doubts(draft, steps)
-    yield from _idle_doubts(draft)
     warmup, ratio = draft.get("lr_scheduler", "warmup_steps"), draft.get("lr_scheduler", "decay_ratio")
     run = min(steps, length)
     if length > steps and schedule.decay:

@@ -32,6 +32,7 @@ from nitp_titan.job.backbone import model_spec
 from nitp_titan.job.build import tokenizer_config
 from nitp_titan.job.shape import changes_of
 from nitp_titan.models.hf.architectures import Architecture, architecture_of, hf_config, obstacles
+from nitp_titan.runs.steps import HF_INDEX
 from nitp_titan.tools.export.tokenizer import TokenizerError, write_tokenizer
 
 SHARD_SIZE = "5GB"
@@ -170,7 +171,7 @@ class Plan:
                 progress.advance(task, sum(self.tensors[name].nbytes for name in names))
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-            _write_json(folder / "model.safetensors.index.json", index)
+            _write_json(folder / HF_INDEX, index)
 
     def _file(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return the tensors of one file. A function, so that the next file's do not meet them in memory."""
