@@ -19,6 +19,7 @@ from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
+from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
@@ -59,7 +60,7 @@ class CheckpointManager(Upstream):
         elif os.path.isdir(checkpoint_id):
             stored = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
             _check(state_dict, stored, checkpoint_id)
-            state_dict = _without_what_the_checkpoint_lacks(state_dict, stored)
+            state_dict = without_what_the_checkpoint_lacks(state_dict, stored)
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     def dcp_save(
@@ -125,7 +126,7 @@ def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: st
             "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
             "not go on"
         )
-    wrong += _other_streams(state_dict.get(DATALOADER), stored)
+    wrong += _other_data(state_dict.get(DATALOADER), stored)
     if wrong:
         raise _refusal(checkpoint_id, "; it ".join(wrong))
     if wants_projector and not has_projector:
@@ -134,15 +135,30 @@ def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: st
         logger.warning(f"{checkpoint_id} has NITP's projector, which this run does not train: it is left out")
 
 
-def _other_streams(loader: Any, stored: dict[str, Any]) -> list[str]:
-    """Return a line where the checkpoint's data were drawn from another number of streams than a loader's are."""
-    then = stored.get(f"{DATALOADER}.num_streams")
-    now = loader.state_dict().get("num_streams") if isinstance(loader, Stateful) else None
-    if then is None or now is None or tuple(then.size) == tuple(now.shape):
+def _other_data(loader: Any, stored: dict[str, Any]) -> list[str]:
+    """Return a line where the checkpoint's data were drawn otherwise than a loader's, so that it could not be read.
+
+    What can be read the loader compares itself.
+    """
+    state = loader.state_dict() if isinstance(loader, Stateful) else {}
+    then, now = stored.get(f"{DATALOADER}.num_streams"), state.get("num_streams")
+    if then is None or now is None:
         return []
-    numbers = f"{then.size[0]} streams of data, the job draws from {now.shape[0]}"
-    restore = f"set dataloader.num_streams = {then.size[0]}" if then.size[0] > 1 else "set dataloader.infinite = false"
-    return [f'has {numbers}: {restore}, or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh']
+    afresh = 'or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh'
+    if tuple(then.size) != tuple(now.shape):
+        numbers = f"{then.size[0]} streams of data, the job draws from {now.shape[0]}"
+        usual = then.size[0] > 1
+        restore = f"set dataloader.num_streams = {then.size[0]}" if usual else "set dataloader.infinite = false"
+        return [f"has {numbers}: {restore}, {afresh}"]
+    lacking = _lacking(state, stored).difference(ADDED_LATER)
+    if lacking:
+        names = ", ".join(sorted(lacking))
+        return [f"has data of another kind, without {names}: restore dataloader.dataset and streaming, {afresh}"]
+    return []
+
+
+def _lacking(loader_state: dict[str, Any], stored: dict[str, Any]) -> set[str]:
+    return {name for name in loader_state if name != "streams" and f"{DATALOADER}.{name}" not in stored}
 
 
 def _on_any_rank(here: bool) -> bool:
@@ -167,8 +183,8 @@ class _Part(Stateful):
         self._whole.load_state_dict(state_dict)
 
 
-def _without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the state without a projector, or optimizer state of one, that is not stored."""
+def without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the state without what may be missing: a projector, optimizer state of one, later parts of a loader's."""
     weights = {key for key in state_dict if key.startswith(PROJECTOR_PREFIX) and key not in stored}
     kept = {key: value for key, value in state_dict.items() if key not in weights}
     if OPTIMIZER in kept:
@@ -177,4 +193,6 @@ def _without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[
         missing = {key for key in ours if f"{OPTIMIZER}.{key}" not in stored}
         if missing:
             kept[OPTIMIZER] = _Part(kept[OPTIMIZER], missing)
+    if isinstance(loader := kept.get(DATALOADER), Stateful) and (missing := _lacking(loader.state_dict(), stored)):
+        kept[DATALOADER] = _Part(loader, missing)
     return kept

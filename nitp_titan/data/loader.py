@@ -20,6 +20,10 @@ from nitp_titan.data.streams import Batch, Cursor, RankSequences, make_source
 Item = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
+ADDED_LATER = ("infinite", "shuffle_buffer")
+"""Parts of a loader's state that older checkpoints lack; they are taken to be the job's."""
+
+
 class TextDataLoader(BaseDataLoader):
     """Packed text for one data-parallel rank, the same global batch whatever the number of ranks.
 
@@ -84,8 +88,14 @@ class TextDataLoader(BaseDataLoader):
             "seed": config.seed,
             "seq_len": seq_len,
             "vocab_size": tokenizer.get_vocab_size(),
-            "documents" if not isinstance(self._corpus, ShardedCorpus) else "shards": self._corpus.size,
+            # Two loaders of one stream count its places otherwise, each in its own order.
+            "infinite": int(config.infinite),
         }
+        if isinstance(self._corpus, ShardedCorpus):
+            # Documents are counted within a block of so many, which is shuffled.
+            self._fixed |= {"shards": self._corpus.size, "shuffle_buffer": config.shuffle_buffer}
+        else:
+            self._fixed["documents"] = self._corpus.size
         owned = range(dp_rank, self._num_streams, dp_world_size) if config.infinite else range(1)
         self._start: dict[int, Cursor] = {v: (v, 0, 0) for v in owned}
         self._sequences = 0
@@ -124,7 +134,8 @@ class TextDataLoader(BaseDataLoader):
             return
         then = {"num_streams": len(state_dict.get("num_streams", ()))}
         now = {"num_streams": self._num_streams, **self._fixed}
-        then |= {name: int(state_dict[name]) if name in state_dict else None for name in self._fixed}
+        assumed = {name: self._fixed[name] for name in ADDED_LATER if name in self._fixed}
+        then |= {name: int(state_dict[name]) if name in state_dict else assumed.get(name) for name in self._fixed}
         changed = [f"{name} (was {then[name]}, is {now[name]})" for name in now if then[name] != now[name]]
         if changed:
             raise DataError(

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
+from nitp_titan.checkpoints import manager
 from nitp_titan.checkpoints.manager import CheckpointManager
+from nitp_titan.data.loader import ADDED_LATER, TextDataLoader
+from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.job import JobError
 from nitp_titan.job.model_facts import facts
 from nitp_titan.models.hf.config_json import differences
@@ -20,6 +24,8 @@ from tests.helpers.commands import call, debug_job, losses
 from tests.helpers.decoders import backbone
 from tests.helpers.exports import job_of, logits_of, trained
 from tests.helpers.trainers import running, trainer_config
+
+TEXT = ["--dataloader.dataset=text", "--dataloader.dataset_path={texts}", "--dataloader.num_streams=2"]
 
 
 def test_a_run_resumes_from_before_its_start_step(tmp_path):
@@ -62,9 +68,15 @@ def test_another_model_is_refused_and_a_baseline_goes_on_without_the_projector(t
     [
         (["--dataloader.num_streams=4"], ["--dataloader.num_streams=8"], "set dataloader.num_streams = 4"),
         (["--dataloader.no-infinite"], [], "set dataloader.infinite = false"),
+        (TEXT, [*TEXT, "--dataloader.streaming"], "without shards: restore dataloader.dataset and streaming"),
+        ([*TEXT, "--dataloader.streaming"], TEXT, "without documents: restore dataloader.dataset and streaming"),
     ],
-)
-def test_data_of_another_number_of_streams_are_refused(before, after, restore, tmp_path):
+)  # fmt: skip
+def test_data_that_are_drawn_otherwise_are_refused(before, after, restore, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} line of text\n" * 400)
+    before, after = ([word.format(texts=tmp_path / "texts") for word in words] for words in (before, after))
     first = call(*debug_job(tmp_path / "run", "--training.steps=2", *before))
     assert first.returncode == 0, first.stderr
     refused = call(*debug_job(tmp_path / "run", "--training.steps=3", *after))
@@ -75,6 +87,24 @@ def test_data_of_another_number_of_streams_are_refused(before, after, restore, t
     afresh = "--checkpoint.exclude_from_loading=dataloader"
     resumed = call(*debug_job(tmp_path / "run", "--training.steps=3", *after, afresh))
     assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_checkpoint_of_before_a_part_of_the_loaders_state_resumes(streaming, tmp_path, corpus):
+    loader = TextDataLoader(
+        TextDataLoader.Config(dataset="text", dataset_path=str(corpus), num_streams=2, streaming=streaming),
+        dp_world_size=1, dp_rank=0, tokenizer=ByteTokenizer(ByteTokenizer.Config()), seq_len=16, local_batch_size=1,
+    )  # fmt: skip
+    wanted = loader.state_dict()
+    later = set(ADDED_LATER) & wanted.keys()
+    assert later == ({"infinite", "shuffle_buffer"} if streaming else {"infinite"})
+    old = {key: value for key, value in wanted.items() if key not in later}
+    old["sequences"] = torch.tensor(7)
+    torch.distributed.checkpoint.save({"dataloader": old}, checkpoint_id=tmp_path / "old", no_dist=True)
+    stored = FileSystemReader(tmp_path / "old").read_metadata().state_dict_metadata
+    state = manager.without_what_the_checkpoint_lacks({"dataloader": loader}, stored)
+    torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "old", no_dist=True)
+    assert int(loader.state_dict()["sequences"]) == 7
 
 
 @pytest.fixture

@@ -175,6 +175,14 @@ def test_resume_with_other_data_is_refused(folder):
     ]:
         with pytest.raises(ValueError, match=message):
             make(folder, **options).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"infinite \(was 0, is 1\)"):
+        make(folder, num_streams=1).load_state_dict(make(folder, infinite=False).state_dict())
+    with pytest.raises(ValueError, match=r"shuffle_buffer \(was 7, is 8\)"):
+        make(folder, streaming=True, shuffle_buffer=8).load_state_dict(
+            make(folder, streaming=True, shuffle_buffer=7).state_dict()
+        )
+    # In memory nothing depends on it.
+    make(folder, shuffle_buffer=8).load_state_dict(make(folder, shuffle_buffer=7).state_dict())
     (folder / "new.txt").write_text("more")
     with pytest.raises(ValueError, match=r"documents \(was 25, is 26\)"):
         make(folder).load_state_dict(state)
