@@ -34,7 +34,10 @@ def model_spec(
     if flex_options:
         from torchtitan.models.common.attention import FlexAttention
 
-        for _, attention, _, _ in spec.traverse(FlexAttention.Config):
+        attentions = [config for _, config, _, _ in spec.traverse(FlexAttention.Config)]
+        if not attentions:
+            raise ValueError("model.flex_kernel_options: the model has no flex attention that would take them")
+        for attention in attentions:
             attention.kernel_options = attention.kernel_options | flex_options
     return spec
 

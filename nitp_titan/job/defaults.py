@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nitp_titan.job.checks.hf_weights import note_partial
 from nitp_titan.job.draft import Draft, Unknown
 from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.layout import DEGREES, Layout, expert_degree, shard_degree
@@ -156,7 +155,6 @@ RULES = (
     _target_layer,
     _cuda_graphs,
     _reference_loss,
-    note_partial,
     _last_checkpoint,
     _validation_data,
     _local_batch,

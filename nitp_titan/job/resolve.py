@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nitp_titan.job import defaults
-from nitp_titan.job.checks import idle, initial, schedule
+from nitp_titan.job.checks import hf_weights, idle, initial, schedule
 from nitp_titan.job.checks.all import CHECKS, MACHINE_CHECKS
 from nitp_titan.job.checks.model import check_model
 from nitp_titan.job.checks.shape import check_shape
@@ -155,7 +155,7 @@ def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, 
         overrides=tuple(overrides),
         layout=Layout.of(draft),
         model=draft.model,
-        notes=(*draft.notes, *initial.notes(draft), *switched_off, *doubts),
+        notes=(*draft.notes, *initial.notes(draft), *hf_weights.notes(draft), *switched_off, *doubts),
         doubts=tuple(doubts),
         warnings=tuple(warnings),
     )

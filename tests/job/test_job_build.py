@@ -12,10 +12,12 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
+from torchtitan.models.common.attention import FlexAttention
 
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.job import JobError, load_job
+from nitp_titan.job.backbone import model_spec
 from nitp_titan.job.build import build_trainer_config
 from nitp_titan.job.checks.all import CHECKS
 from nitp_titan.job.checks.pipeline import CHECKS as PIPELINE_RULES
@@ -108,6 +110,14 @@ def test_flat_activation_checkpointing(mode, expected):
     options = [f"{table}.mode={mode}", f"{table}.no-preserve_rng_state", f"{table}.memory_budget=0.25"]
     options += [f"{table}.force_recompute_mm_shapes_by_fqns=wqkv", "--compile.enable"]
     assert build(*options).activation_checkpoint == expected
+
+
+def test_tiles_of_a_model_without_flex_attention_are_refused():
+    with pytest.raises(ValueError, match=r"model\.flex_kernel_options: the model has no flex attention"):
+        model_spec("nitp_titan", "debug", "varlen", flex_options={"fwd_BLOCK_M": 64})
+    spec = model_spec("nitp_titan", "debug", "flex", flex_options={"fwd_BLOCK_M": 64})
+    found = [config.kernel_options["fwd_BLOCK_M"] for _, config, _, _ in spec.traverse(FlexAttention.Config)]
+    assert found == [64] * 6
 
 
 def test_flat_loss(monkeypatch):

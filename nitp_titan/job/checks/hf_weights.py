@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.job.draft import Draft, Unknown
+from nitp_titan.job.checks.initial import latest_step
+from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
-from nitp_titan.job.keys.schema import all_tables, upstream
-from nitp_titan.job.model_facts import OURS, ModelFacts, facts, flavors
+from nitp_titan.job.keys.schema import all_tables
+from nitp_titan.job.model_facts import OURS, ModelFacts, facts, flavors, modules
 from nitp_titan.models.hf.config_json import Difference, differences
 from nitp_titan.models.hf.families import Computed
 from nitp_titan.runs.steps import HF_INDEX
@@ -30,7 +31,7 @@ def folder_of(draft: Draft) -> tuple[str, tuple[str, ...], str] | None:
     if not draft.get("checkpoint", "enable") or not draft.get("checkpoint", "initial_load_in_hf"):
         return None
     own = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
-    if any(own.glob("step-*/.metadata")):
+    if latest_step(own) is not None:
         return None
     path = (draft.get("checkpoint", "initial_load_path") or "").strip()
     if "://" in path:
@@ -86,7 +87,7 @@ def _as_shape(difference: Difference) -> str:
 
 def _computed_elsewhere(values: dict[str, Any]) -> str:
     """A hint which flavor computes exactly what the file says; empty where none does."""
-    for module in (OURS, *upstream()["models"]):
+    for module in modules():
         for flavor in flavors(module):
             model = facts(module, flavor)
             if model is not None and model.computed is not None and not differences(values, model.computed):
@@ -138,15 +139,11 @@ def _lacking_files(folder: Path) -> list[str]:
     return sorted(name for name in set(files) if not (folder / str(name)).is_file())
 
 
-def note_partial(draft: Draft) -> None:
-    """Say where a config.json is compared in part."""
-    try:
-        known = folder_of(draft) is None or draft.facts().computed is not None
-    except Unknown:
-        return
-    if not known:
+def notes(draft: Draft) -> Iterator[str]:
+    """Yield a line where a config.json is compared in part."""
+    if folder_of(draft) is not None and draft.facts().computed is None:
         module = draft.get("model", "module")
-        draft.notes.append(
+        yield (
             f"of the Hugging Face folder's {CONFIG} only sizes are compared: nitp_titan does not know what {module} is "
             "in transformers"
         )

@@ -25,6 +25,9 @@ V_SHAPED = ("ZBVZeroBubble",)
 SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
 """Schedules that compute gradients of inputs and of weights at different times."""
 
+PARTS = "module_fqns_per_model_part"
+"""The key of a split by hand, in place of TorchTitan's own."""
+
 SCHEDULES = (*SINGLE, *LOOPED, *V_SHAPED)
 
 
@@ -79,9 +82,7 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
     depth, first, last = _layers(draft)
     if per_stage is not None:
         stages = math.ceil((depth + first + last) / per_stage) if per_stage > 0 else 0
-        expected = [degree] if schedule in SINGLE else [degree * 2]
-        if schedule in LOOPED:
-            expected = [degree * n for n in range(2, max(3, stages // degree + 2))]
+        expected = numbers_of_stages(schedule, degree, stages)
         if stages not in expected:
             fitting = sorted({math.ceil((depth + first + last) / n) for n in expected})
             yield draft.problem(
@@ -91,7 +92,7 @@ def check_schedule(draft: Draft) -> Iterator[Problem]:
                 f" expected {' or '.join(map(str, expected))} with {schedule} over {degree} ranks",
                 f"{' or '.join(map(str, fitting))} would be nearest",
             )
-    elif not _fits(depth, degree, schedule, first, last):
+    elif draft.get("parallelism", PARTS) is None and not _fits(depth, degree, schedule, first, last):
         most = max((n for n in range(1, degree) if _fits(depth, n, schedule, first, last)), default=1)
         stages = degree * _stages_per_rank(schedule)
         yield draft.problem(
@@ -108,6 +109,12 @@ def check_blocks(draft: Draft) -> Iterator[Problem]:
     degree = draft.get("parallelism", "pipeline_parallel_degree")
     schedule = schedule_of(draft)
     if degree <= 1 or draft.get("parallelism", "context_parallel_degree") <= 1 or schedule is None:
+        return
+    parts = draft.get("parallelism", PARTS)
+    if parts is not None:
+        if not all(any(name.startswith("layers.") for name in part) for part in parts):
+            message = "a part has no block: context parallelism needs one in each"
+            yield draft.problem("parallelism", PARTS, message)
         return
     if any(draft.get("parallelism", f"pipeline_parallel_{key}") for key in ("schedule_csv", "layers_per_stage")):
         return
@@ -208,6 +215,13 @@ def _layers(draft: Draft) -> tuple[int, int, int]:
 
 def _stages_per_rank(schedule: str) -> int:
     return 1 if schedule in SINGLE else 2
+
+
+def numbers_of_stages(schedule: str, degree: int, most: int) -> list[int]:
+    """Return how many stages a schedule can have: several a rank of a looped one, as far as ``most``."""
+    if schedule in LOOPED:
+        return [degree * n for n in range(2, max(3, most // degree + 2))]
+    return [degree * _stages_per_rank(schedule)]
 
 
 def _fits(depth: int, degree: int, schedule: str, first: int, last: int) -> bool:
