@@ -18,7 +18,7 @@ from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 
-from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
+from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face, of_every_rank
 from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
@@ -116,7 +116,8 @@ def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: st
     wanted = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     misfit = Misfit.of(stored, wanted).of_all_ranks()
     has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in stored)
-    wants_projector = _on_any_rank(any(name.startswith(PROJECTOR_PREFIX) for name in wanted))
+    # Under pipeline parallelism the last stage alone has a projector.
+    wants_projector = any(of_every_rank(any(name.startswith(PROJECTOR_PREFIX) for name in wanted)))
     if has_projector != wants_projector:
         known = {name for name in misfit.missing + misfit.extra if name.startswith(PROJECTOR_PREFIX)}
         misfit = misfit.without(known)
@@ -159,15 +160,6 @@ def _other_data(loader: Any, stored: dict[str, Any]) -> list[str]:
 
 def _lacking(loader_state: dict[str, Any], stored: dict[str, Any]) -> set[str]:
     return {name for name in loader_state if name != "streams" and f"{DATALOADER}.{name}" not in stored}
-
-
-def _on_any_rank(here: bool) -> bool:
-    """Whether it is so on some rank: under pipeline parallelism the last stage alone has a projector."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return here
-    answers = [here] * dist.get_world_size()
-    dist.all_gather_object(answers, here)
-    return any(answers)
 
 
 class _Part(Stateful):

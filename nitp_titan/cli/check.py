@@ -12,7 +12,7 @@ from nitp_titan.job.errors import did_you_mean, one_of
 from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.resolve import merge
 from nitp_titan.runtime import machine
-from nitp_titan.tools.explain import explain, explain_keys, warnings_of
+from nitp_titan.tools.explain import explain_keys, explanation
 
 DESCRIPTION = """\
 Resolve, validate and explain a job file, without a GPU and without training.
@@ -70,10 +70,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if arguments.keys is not None:
             print("\n".join(explain_keys(job, table or None)).rstrip(), flush=True)
             return 0
-        print(explain(job), flush=True)
+        text, warnings = explanation(job)
+        print(text, flush=True)
         if arguments.dry_run:
             _dry_run(job)
-        warned = len(warnings_of(job)) if arguments.strict else 0
+        warned = len(warnings) if arguments.strict else 0
         return fail(f"--strict: {warned} warning{'s' * (warned > 1)}") if warned else 0
 
 

@@ -11,6 +11,7 @@ from typing import IO, cast
 import zstandard
 
 from nitp_titan.data.errors import DataError
+from nitp_titan.data.files import COMPRESSED
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """What opening or decompressing a damaged file raises."""
@@ -41,7 +42,7 @@ def opened(path: Path | str) -> Iterator[IO[bytes]]:
 
 def _decompressed(path: Path | str, file: IO[bytes]) -> IO[bytes]:
     name = str(path).lower()
-    if not name.endswith((".gz", ".zst")):
+    if not name.endswith(COMPRESSED):
         return file
     # Python's gzip takes a file of no bytes for one without content. Every compressor writes a header.
     if not file.read(1):

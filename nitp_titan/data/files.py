@@ -17,9 +17,9 @@ from nitp_titan.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-"""File ending -> format, by the name that `datasets.load_dataset` has for it."""
+"""File ending -> format."""
 
-_COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst")
 READABLE_ENDINGS = ".txt, .jsonl (either also as .gz or .zst), .parquet"
 
 
@@ -27,7 +27,7 @@ def file_format(path: Path | str) -> str | None:
     """ "text", "json" or "parquet" by the file's ending; None for an ending that is not read."""
     name = os.path.basename(path).lower()
     stem, ending = os.path.splitext(name)
-    if ending in _COMPRESSED:
+    if ending in COMPRESSED:
         inner = FORMATS.get(os.path.splitext(stem)[1])
         return None if inner == "parquet" else inner  # parquet compresses by itself
     return FORMATS.get(ending)

@@ -54,6 +54,7 @@ class TextTokenizer(HuggingFaceTokenizer):
             allow_special_in_text=config.allow_special_in_text,
             load=self._load_tokenizer_from_path,
         )
+        self.largest_id = read.largest_id
         if read.problems:
             raise DataError("; ".join(f"tokenizer.{key}: {problem}" for key, problem in read.problems.items()))
         for note in read.notes(config.add_bos, config.add_eos):

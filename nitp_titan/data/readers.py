@@ -1,16 +1,21 @@
 """Documents of one local file, read in order: what streams draw, and what the copy in memory is made of."""
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nitp_titan.data.bad_text import BOM, BadText, OnBadText
 from nitp_titan.data.compressed import opened
 from nitp_titan.data.errors import DataError
 from nitp_titan.data.files import file_format, nearest_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _PARQUET_ROWS = 1024  # decoded at a time
 _FIRST_ROWS, _FIRST_BYTES = 8, 1 << 16  # that a look at a file reads
@@ -87,13 +92,11 @@ def _read_jsonl(path: Path | str, text_field: str, start: int, bad_text: BadText
 
 def _read_parquet(path: Path | str, text_field: str, start: int, bad_text: BadText) -> Iterator[str]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    if problem := parquet_problem(path, text_field):
-        raise DataError(problem)
     row = 0
-    # By handle: pyarrow looks for a file system in some names.
-    with open(path, "rb") as handle, pq.ParquetFile(handle) as file:
+    with _opened_parquet(path) as file:
+        if problem := _schema_problem(file.schema_arrow, path, text_field):
+            raise DataError(problem)
         batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field])
         while True:
             try:
@@ -136,7 +139,31 @@ def parquet_problem(path: Path | str, text_field: str) -> str | None:
         with open(path, "rb") as handle:
             schema = pq.read_schema(handle)
     except (pa.ArrowException, OSError) as error:
-        return f"{path} is not a readable parquet file: {first_line(error)}"
+        return _unreadable_parquet(path, error)
+    return _schema_problem(schema, path, text_field)
+
+
+@contextlib.contextmanager
+def _opened_parquet(path: Path | str) -> "Iterator[pq.ParquetFile]":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with contextlib.ExitStack() as stack:
+        try:
+            # By handle: pyarrow looks for a file system in some names.
+            file = stack.enter_context(pq.ParquetFile(stack.enter_context(open(path, "rb"))))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(_unreadable_parquet(path, error)) from error
+        yield file
+
+
+def _unreadable_parquet(path: Path | str, error: Exception) -> str:
+    return f"{path} is not a readable parquet file: {first_line(error)}"
+
+
+def _schema_problem(schema: "pa.Schema", path: Path | str, text_field: str) -> str | None:
+    import pyarrow as pa
+
     if text_field not in schema.names:
         return missing_field(str(path), text_field, schema.names)
     if (columns := schema.names.count(text_field)) > 1:

@@ -97,7 +97,7 @@ def read_folder(
     if tokenizer.padding is not None:
         reset.append("padding")
         tokenizer.no_padding()
-    configs = {name: _read_config(folder / name) for name in CONFIG_FILES}
+    configs = {name: read_config(folder / name) for name in CONFIG_FILES}
     tokenizer.add_special_tokens(_special_tokens(configs[CONFIG_FILES[0]], folder / CONFIG_FILES[0]))
     first, last = _around_a_text(tokenizer)
     problems: dict[str, str] = {}
@@ -121,7 +121,12 @@ def read_folder(
     return TokenizerFolder(tokenizer, bos, eos, tuple(reset), largest_id, problems)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the contents of a folder's JSON file; empty where there is none.
+
+    Raises:
+        DataError: it is not JSON, or no object.
+    """
     if not path.is_file():
         return {}
     try:

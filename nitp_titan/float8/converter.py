@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -32,9 +32,6 @@ from nitp_titan.float8.layers import (
 from nitp_titan.float8.plan import Plan, plan
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
 from nitp_titan.titan.retyped import retyped
-
-if TYPE_CHECKING:
-    pass
 
 
 class Float8Converter(QuantizationConverter):

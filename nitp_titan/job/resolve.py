@@ -21,7 +21,7 @@ from nitp_titan.job.layout import Layout
 from nitp_titan.job.model_facts import OURS, ModelFacts, facts, facts_of_shape
 from nitp_titan.job.reading.command_line import read_command_line
 from nitp_titan.job.reading.extends import ReadFile, read_file
-from nitp_titan.job.shape import drop_unchanged, shape_of
+from nitp_titan.job.shape import drop_unchanged, shape_of_draft
 from nitp_titan.models.flavors import FLAVORS
 
 DOUBTS = (idle.idle_doubts, idle.profile_doubts, schedule.doubts, schedule.resume_doubts)
@@ -113,11 +113,10 @@ def _keys_of_flavors() -> set[tuple[str, str]]:
 
 def _facts(draft: Draft) -> ModelFacts | None:
     try:
-        module, flavor, table = draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape")
+        shape = shape_of_draft(draft)
+        return facts_of_shape(shape) if shape else facts(draft.get("model", "module"), draft.get("model", "flavor"))
     except Unknown:
         return None
-    shape = shape_of(module, flavor, table)
-    return facts_of_shape(shape) if shape else facts(module, flavor)
 
 
 def load_job(file: str | Path | None, overrides: list[str], world_size: int, *, for_training: bool = False) -> Job:

@@ -23,6 +23,15 @@ def shape_of(module: str, flavor: str, table: Mapping[str, Any]) -> Shape | None
     return dataclasses.replace(FLAVORS[flavor].shape, **changes_of(table)) if module == OURS else None
 
 
+def shape_of_draft(draft: Draft) -> Shape | None:
+    """Return the shape of a draft's model; None for one that is not ours.
+
+    Raises:
+        Unknown: a value that it depends on is wrong.
+    """
+    return shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table(TABLE))
+
+
 def drop_unchanged(draft: Draft) -> None:
     """Unset what is the flavor's own, as a resolved file has it: it is no change."""
     module, flavor = (draft.settings["model", key].value for key in ("module", "flavor"))

@@ -12,6 +12,8 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
+from nitp_titan.runs.tags import METRICS_FILE
+
 Scalars = dict[str, list[tuple[int, float]]]
 """Tag -> its points (step, value), by rising step."""
 
@@ -29,7 +31,7 @@ def read_scalars(run_dir: Path) -> Scalars:
     if not run_dir.is_dir():
         raise ValueError(_no_such_folder(run_dir))
     event_files = sorted(path for path in run_dir.glob("tb/**/events.out.tfevents.*") if path.is_file())
-    metrics_file = run_dir / "metrics.jsonl"
+    metrics_file = run_dir / METRICS_FILE
     if not event_files and not metrics_file.is_file():
         raise ValueError(
             f"{run_dir}: neither TensorBoard events (tb/**/events.out.tfevents.*) nor metrics.jsonl in this folder"
@@ -100,7 +102,7 @@ def _read_metrics(path: Path) -> Scalars:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "tb").is_dir()
+    return (folder / METRICS_FILE).is_file() or (folder / "tb").is_dir()
 
 
 def _subfolders(folder: Path) -> list[Path]:

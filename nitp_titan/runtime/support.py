@@ -55,14 +55,14 @@ def _float8(torch: Version, device: Device) -> Verdict:
     if device.type == "rocm":
         return False, "not tried on AMD GPUs"
     if device.capability is None or device.capability < (8, 9):
-        needs = f"needs compute capability 8.9, this is {_dotted(device.capability)}"
+        needs = f"needs compute capability 8.9, this is {dotted(device.capability)}"
         return False, f"{needs}; emulated here with float8.emulate, slower"
     return True, "" if device.capability[0] in (9, 10) else "linear layers; experts need compute capability 9 or 10"
 
 
 def _since_2_13(torch: Version, device: Device) -> Verdict:
     if torch < (2, 13):
-        return False, f"needs torch >= 2.13, this is {_dotted(torch)}"
+        return False, f"needs torch >= 2.13, this is {dotted(torch)}"
     return True, ""
 
 
@@ -75,7 +75,7 @@ def _cuda_graphs(torch: Version, device: Device) -> Verdict:
 
 def _expert_parallel(torch: Version, device: Device) -> Verdict:
     if not device.is_gpu and torch >= (2, 15):
-        return False, f"gloo's all-to-all fails on torch {_dotted(torch)}; torch 2.13 works on a CPU"
+        return False, f"gloo's all-to-all fails on torch {dotted(torch)}; torch 2.13 works on a CPU"
     return _since_2_13(torch, device)
 
 
@@ -86,7 +86,7 @@ def _context_parallel(torch: Version, device: Device) -> Verdict:
 def _upstream_entry(torch: Version, device: Device) -> Verdict:
     needs = []
     if torch < (2, 14):
-        needs.append(f"torch >= 2.14 (this is {_dotted(torch)})")
+        needs.append(f"torch >= 2.14 (this is {dotted(torch)})")
     if not device.is_gpu:
         needs.append("a GPU")
     if needs:
@@ -124,5 +124,6 @@ def what_works(torch: Version, device: Device) -> list[Row]:
     return [Row(name, *verdict(torch, device)) for name, verdict in FEATURES]
 
 
-def _dotted(version: Version | None) -> str:
+def dotted(version: Version | None) -> str:
+    """Return a version as one writes it."""
     return "unknown" if version is None else ".".join(map(str, version))

@@ -18,19 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nitp_titan
-from nitp_titan.runtime.support import Device, _dotted, what_works
+from nitp_titan.runtime.support import Device, dotted, what_works
 from nitp_titan.runtime.versions import release
 
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "spmd_types", "transformers", "nitp_titan")
 TORCH_RANGE = ((2, 11), (2, 16))
 """The first torch (major, minor) that nitp_titan is made for, and the first that it is not."""
 TORCHTITAN = (0, 3)
-
-
-# What works ------------------------------------------------------------------------------------------
-
-
-# What there is ---------------------------------------------------------------------------------------
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -49,16 +43,16 @@ def version_warnings(versions: Mapping[str, str | None]) -> list[str]:
     found = []
     torch = versions.get("torch")
     first, last = TORCH_RANGE
-    wanted = f">={_dotted(first)},<{_dotted(last)}"
+    wanted = f">={dotted(first)},<{dotted(last)}"
     if torch is None:
         found.append(f"torch is not installed; nitp_titan needs torch{wanted}")
     elif not first <= release(torch) < last:
         found.append(f"torch {torch} is outside {wanted}, the range that nitp_titan is made for")
     torchtitan = versions.get("torchtitan")
     if torchtitan is None:
-        found.append(f"torchtitan is not installed; nitp_titan needs torchtitan=={_dotted(TORCHTITAN)}.*")
+        found.append(f"torchtitan is not installed; nitp_titan needs torchtitan=={dotted(TORCHTITAN)}.*")
     elif release(torchtitan) != TORCHTITAN:
-        found.append(f"torchtitan {torchtitan} is not {_dotted(TORCHTITAN)}.*, the release that nitp_titan extends")
+        found.append(f"torchtitan {torchtitan} is not {dotted(TORCHTITAN)}.*, the release that nitp_titan extends")
     return found
 
 
@@ -108,7 +102,7 @@ def find_device() -> Device:
     if torch.version.hip:
         details.append(("runtime", f"ROCm {torch.version.hip}"))
     else:
-        details.append(("capability", _dotted(capability)))
+        details.append(("capability", dotted(capability)))
         details.append(("runtime", f"CUDA {torch.version.cuda}, driver {_nvidia_driver() or 'unknown'}"))
     return Device(
         type="rocm" if torch.version.hip else "cuda",

@@ -27,9 +27,19 @@ _SAVES_MEMORY = 'more ranks, a smaller training.local_batch_size or activation_c
 
 
 def explain(job: Job) -> str:
-    """Return the job as a dozen lines of text: what is trained, on what, how, where to, at what cost, and warnings."""
-    memory, cost = summary(job)
-    float8_lines, _ = float8_summary.explain(job)
+    """Return :func:`explanation`'s text."""
+    return explanation(job)[0]
+
+
+def explanation(job: Job) -> tuple[str, list[str]]:
+    """Return the job as a dozen lines of text, and the warnings among them.
+
+    They say what is trained, on what, how, where to, at what cost, and what to know before it is.
+    """
+    memory, cost, fits = summary(job)
+    float8_lines, of_float8 = float8_summary.explain(job)
+    misfit = [f"the memory does not fit: {_SAVES_MEMORY}"] if fits is False else []
+    warnings = [*misfit, *of_float8, *job.doubts, *map(str, job.warnings)]
     rows = [
         *([("job", job["job"]["description"])] if job["job"]["description"] else []),
         ("model", _model(job)),
@@ -45,17 +55,9 @@ def explain(job: Job) -> str:
         *([("device", _ASSUMED[machine.device()])] if machine.device() in _ASSUMED else []),
         *[("note", note) for note in job.notes if note not in job.doubts],
         *[("note", note) for note in tokenizer_notes(job["model"]["hf_assets_path"], dict(job["tokenizer"]))],
-        *[("warning", warning) for warning in warnings_of(job)],
+        *[("warning", warning) for warning in warnings],
     ]
-    return "\n".join(f"{name:<10}{text}" for name, text in rows)
-
-
-def warnings_of(job: Job) -> list[str]:
-    """Return what ``nitp-titan check`` warns of in a job that it does not refuse, a line each."""
-    memory, _ = summary(job)
-    misfit = [f"the memory does not fit: {_SAVES_MEMORY}"] if "does not fit" in memory else []
-    _, of_float8 = float8_summary.explain(job)
-    return [*misfit, *of_float8, *job.doubts, *map(str, job.warnings)]
+    return "\n".join(f"{name:<10}{text}" for name, text in rows), warnings
 
 
 def _model(job: Job) -> str:

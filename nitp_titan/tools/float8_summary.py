@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from nitp_titan.float8.layers import (
-    experts_of_shape,
-    layers_of_shape,
-)
+from nitp_titan.float8.layers import experts_of_shape, layers_of_shape
 from nitp_titan.float8.plan import Plan, plan
+from nitp_titan.job import Job
+from nitp_titan.job.checks.float8 import tokens_of
 from nitp_titan.runtime import machine
-
-if TYPE_CHECKING:
-    from nitp_titan.job.job import Job
-from nitp_titan.job.checks.float8 import _tokens
 
 
 def explain(job: Job) -> tuple[list[str], list[str]]:
@@ -35,7 +28,7 @@ def _plan(job: Job) -> Plan | None:
     return plan(
         job.float8,
         layers_of_shape(job.shape, job.nitp, chunk_tokens=job["loss"]["chunk_tokens"]),
-        tokens=_tokens(job.layout, lambda table, key: job[table][key]),
+        tokens=tokens_of(job.layout, lambda table, key: job[table][key]),
         experts=experts_of_shape(job.shape),
         tensor_parallel=job.layout.tensor,
         expert_parallel=job.layout.expert,

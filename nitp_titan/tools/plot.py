@@ -22,7 +22,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nitp_titan.runs.scalars import Scalars, read_scalars, run_names
-from nitp_titan.runs.tags import NTP, TOTAL, VALIDATION_NTP, VALIDATION_TOTAL
+from nitp_titan.runs.tags import (
+    EFFECTIVE_RANK,
+    MAX_LOAD,
+    MEAN_COSINE,
+    NITP,
+    NTP,
+    TOTAL,
+    VALIDATION_NITP,
+    VALIDATION_NTP,
+    VALIDATION_TOTAL,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,14 @@ class Panel:
 
 PANELS = (
     Panel("NTP loss", (NTP, TOTAL)),  # a stock TorchTitan run has its NTP loss as its total
-    Panel("NITP loss", ("loss_metrics/nitp_loss",)),
+    Panel("NITP loss", (NITP,)),
     Panel("Total loss", (TOTAL,), only_beside=NTP),
     Panel("Validation NTP loss", (VALIDATION_NTP, VALIDATION_TOTAL)),
-    Panel("Validation NITP loss", ("validation_metrics/nitp_loss",)),
+    Panel("Validation NITP loss", (VALIDATION_NITP,)),
     Panel("Validation total loss", (VALIDATION_TOTAL,), only_beside=VALIDATION_NTP),
-    Panel("Effective rank", ("geometry/effective_rank",)),
-    Panel("Mean cosine similarity", ("geometry/mean_cosine_similarity",)),
-    Panel("Largest expert load / mean", ("moe/max_load",)),
+    Panel("Effective rank", (EFFECTIVE_RANK,)),
+    Panel("Mean cosine similarity", (MEAN_COSINE,)),
+    Panel("Largest expert load / mean", (MAX_LOAD,)),
     Panel("Throughput (tokens/s per device)", ("throughput(tps)",)),
 )
 SUFFIXES = (".png", ".pdf", ".svg")

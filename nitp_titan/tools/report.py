@@ -7,7 +7,7 @@ models, torch is not imported; any other decoder is built on the meta device and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.errors import nearest
@@ -16,7 +16,7 @@ from nitp_titan.models.costs import WAYS, Parts, flops, mtp_flops, nitp_flops, p
 from nitp_titan.models.flavors import FLAVORS
 from nitp_titan.nitp.config import projector_params
 from nitp_titan.tools.describe import model_rows, named
-from nitp_titan.tools.estimate.memory import CAPACITY, GIB, fits, memory
+from nitp_titan.tools.estimate.memory import fits, memory, verdict
 from nitp_titan.tools.estimate.parts import parts_of_job, run_of_job
 
 
@@ -42,25 +42,32 @@ def report(flavor_or_file: str, overrides: list[str], ngpu: int) -> dict[str, An
     return _costs(job, parts_of_job(job))
 
 
-def summary(job: Job) -> tuple[str, str]:
-    """Return a line on the memory of a job and one on what NITP costs in it; "" where there is nothing to say.
+class Summary(NamedTuple):
+    """What a job takes, in two lines; "" where there is nothing to say."""
 
-    Both are empty for a model that is not ours: only an import, which takes seconds, can tell.
-    """
+    memory: str
+    cost: str
+    """What NITP adds."""
+    fits: bool | None
+    """Whether the memory of a rank fits an 80 GB GPU; None where that is not known."""
+
+
+def summary(job: Job) -> Summary:
+    """Return what a job takes; nothing of a model that is not ours: only an import, which takes seconds, can tell."""
     if job.shape is None:
-        return "", ""
+        return Summary("", "", None)
     costs = _costs(job, parts_of_shape(job.shape))
     size, percent, mtp = costs["memory_gib"], costs["nitp_overhead_percent"], costs["mtp_overhead_percent"]
     memory_line = ""
     if size is not None:
-        verdict = "fits" if costs["fits_80gb"] else "does not fit"
-        memory_line = f"about {size['total']:.1f} GiB a rank: {verdict} a GPU of 80 GB ({CAPACITY / GIB:.1f} GiB)"
+        memory_line = f"about {size['total']:.1f} GiB a rank: {verdict(size)}"
     if not job.nitp.enable:
-        return memory_line, ""
-    return memory_line, (
+        return Summary(memory_line, "", costs["fits_80gb"])
+    cost_line = (
         f"+{_flops(costs['nitp_flops_per_token'])} a token, {percent['paper']:.1f} % (the paper's formula), "
         f"{percent['with_attention']:.1f} % with attention; MTP-1 would be {mtp['with_attention']:.1f} %"
     )
+    return Summary(memory_line, cost_line, costs["fits_80gb"])
 
 
 def render(costs: dict[str, Any]) -> str:
@@ -88,8 +95,7 @@ def render(costs: dict[str, Any]) -> str:
         return "\n".join([*lines, "memory of a rank: not estimated under pipeline parallelism (see check --dry-run)"])
     lines.append(_row("memory of a rank", "GiB", "", "an estimate"))
     lines += [_row(f"  {_words(name)}", f"{size:.2f}") for name, size in costs["memory_gib"].items()]
-    verdict = "fits" if costs["fits_80gb"] else "does not fit"
-    return "\n".join([*lines, f"  {verdict} a GPU of 80 GB ({CAPACITY / GIB:.1f} GiB)"])
+    return "\n".join([*lines, f"  {verdict(costs['memory_gib'])}"])
 
 
 def _job(flavor_or_file: str, overrides: list[str], ngpu: int) -> Job:

@@ -24,6 +24,7 @@ from nitp_titan.runs.tags import (
     NTP,
     VALIDATION_NITP,
     VALIDATION_NTP,
+    VALIDATION_TOTAL,
 )
 
 _ON_CONSOLE = {
@@ -127,7 +128,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
         added: dict[str, float] = {}
         for source in self.validation_sources:
             added.update(source(loss))
-        total = added.pop("validation_metrics/loss", loss)
+        total = added.pop(VALIDATION_TOTAL, loss)
         with _on_console(added):
             super().log_validation(total, step, {**(extra_metrics or {}), **added})
 

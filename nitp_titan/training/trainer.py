@@ -28,7 +28,7 @@ from nitp_titan.float8.layers import (
 from nitp_titan.nitp.config import NITPConfig
 from nitp_titan.nitp.pairs import counted
 from nitp_titan.runs.tags import NITP, NTP
-from nitp_titan.titan.context import context_shard
+from nitp_titan.titan.context import loss_inputs
 from nitp_titan.titan.rehearsal import isolate_rehearsal
 from nitp_titan.titan.spec import nitp_model_spec
 from nitp_titan.training import hooks
@@ -169,9 +169,8 @@ class NITPTrainer(Trainer):
         whole_labels, positions = labels, input_dict.get("positions")
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
         if isinstance(self.loss_fn, JointLoss):
-            pairs = counted(self.nitp, positions, whole_labels)
-            extra_kwargs["labels"] = labels
-            extra_kwargs["pairs"] = context_shard(pairs, self.parallel_dims, self.config.parallelism)
+            dims, parallelism = self.parallel_dims, self.config.parallelism
+            extra_kwargs |= loss_inputs(self.nitp, positions, whole_labels, labels, dims, parallelism)
         self.geometry.expect(labels)
         return inputs, labels, extra_kwargs
 
@@ -189,9 +188,9 @@ class NITPTrainer(Trainer):
     @contextlib.contextmanager
     def _rehearsing(self) -> Iterator[None]:
         """What is inside leaves no trace: neither in our sums nor, with NITP, in the model's counters."""
-        counters = [buffer for part in self.model_parts for buffer in part.buffers()]
-        joint = isinstance(self.loss_fn, JointLoss)
-        kept = [*counters, self.loss_fn.parts] if joint else []
+        kept: list[torch.Tensor] = []
+        if isinstance(self.loss_fn, JointLoss):
+            kept = [self.loss_fn.parts, *(buffer for part in self.model_parts for buffer in part.buffers())]
         values = [tensor.clone() for tensor in kept]
         with self.geometry.paused():
             yield
@@ -227,11 +226,14 @@ def _with_nitp(config: NITPTrainer.Config) -> NITPTrainer.Config:
 
 def _check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     """Refuse a tokenizer whose ids the embedding does not have, before an index error in the first step does."""
-    vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
-    size = max(vocabulary, default=tokenizer.get_vocab_size() - 1) + 1
-    if size > model_config.vocab_size:
+    largest = getattr(tokenizer, "largest_id", None)
+    if largest is None:
+        # A tokenizer of somebody else's.
+        vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+        largest = max(vocabulary, default=tokenizer.get_vocab_size() - 1)
+    if largest >= model_config.vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {size - 1:,}, expected less than the model's vocabulary of "
+            f"the tokenizer has ids up to {largest:,}, expected less than the model's vocabulary of "
             f"{model_config.vocab_size:,}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from nitp_titan.data.errors import DataError
-from nitp_titan.nitp.pairs import counted
-from nitp_titan.runs.tags import VALIDATION_NITP, VALIDATION_NTP
-from nitp_titan.titan.context import context_shard
+from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.runs.tags import VALIDATION_NITP, VALIDATION_NTP, VALIDATION_TOTAL
+from nitp_titan.titan.context import loss_inputs
 from nitp_titan.titan.twin import NITPDecoder
 from nitp_titan.training.joint_loss import JointLoss
 
@@ -41,7 +42,11 @@ class Validator(upstream.Validator):
         Raises:
             DataError: the data cannot be opened, or hold nothing to validate on.
         """
-        loader = self.dl_config.build(
+        config = self.dl_config
+        if isinstance(config, TextDataLoader.Config):
+            # One batch is wanted, and no thread that prepares others.
+            config = dataclasses.replace(config, prefetch=0)
+        loader = config.build(
             dp_world_size=self.dp_world_size,
             dp_rank=self.dp_rank,
             tokenizer=self.tokenizer,
@@ -75,9 +80,8 @@ class Validator(upstream.Validator):
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels, model_parts)
         model = model_parts[0]
         if isinstance(model, NITPDecoder):
-            pairs = counted(model.config.nitp, positions, whole_labels)
-            extra_kwargs["labels"] = labels
-            extra_kwargs["pairs"] = context_shard(pairs, self.parallel_dims, self.parallelism)
+            nitp, dims = model.config.nitp, self.parallel_dims
+            extra_kwargs |= loss_inputs(nitp, positions, whole_labels, labels, dims, self.parallelism)
             assert self._pairs is not None
             self._active = model.nitp_active
             self._pairs += extra_kwargs["pairs"].sum()
@@ -93,7 +97,7 @@ class Validator(upstream.Validator):
         nitp_sum = dist_utils.dist_sum(self.loss_fn.parts[1], mesh)
         nitp = nitp_sum / max(dist_utils.dist_sum(self._pairs, mesh), 1)
         return {
-            "validation_metrics/loss": ntp + self.loss_fn.weight * nitp,
+            VALIDATION_TOTAL: ntp + self.loss_fn.weight * nitp,
             VALIDATION_NTP: ntp,
             VALIDATION_NITP: nitp,
         }

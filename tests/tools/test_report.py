@@ -332,11 +332,14 @@ def test_pipelines_have_no_estimate(monkeypatch):
 
 
 def test_summary():
-    memory, cost = summary(load_job(None, ["--model.flavor", "9B-A1B"], 8))
+    memory, cost, fits = summary(load_job(None, ["--model.flavor", "9B-A1B"], 8))
     total = report("9B-A1B", [], 8)["memory_gib"]["total"]
     assert memory == f"about {total:.1f} GiB a rank: fits a GPU of 80 GB (74.5 GiB)"
     assert cost == ("+118 MFLOPs a token, 2.3 % (the paper's formula), 1.4 % with attention; MTP-1 would be 18.0 %")
-    assert "does not fit" in summary(load_job(None, ["--model.flavor", "45B-A5.5B"], 8))[0]
+    assert fits is True
+    large = summary(load_job(None, ["--model.flavor", "45B-A5.5B"], 8))
+    assert "does not fit" in large.memory
+    assert large.fits is False
     assert summary(load_job(None, ["--model.flavor", "9B-A1B", "--nitp.no-enable"], 8))[1] == ""
     stock = ["--model.module", "llama3", "--model.flavor", "8B"]
-    assert summary(load_job("train_configs/debug.toml", stock, 8)) == ("", "")
+    assert summary(load_job("train_configs/debug.toml", stock, 8)) == ("", "", None)

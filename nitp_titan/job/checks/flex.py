@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
-from nitp_titan.job.shape import changes_of, shape_of
+from nitp_titan.job.shape import changes_of, shape_of_draft
 from nitp_titan.models.flex_options import default_options, problems
 
 TABLE = "model.flex_kernel_options"
@@ -21,7 +21,7 @@ def check_flex_options(draft: Draft) -> Iterator[Problem]:
             message = f'found {value}, which is for attn_backend "flex", not {quote(backend)}'
             yield draft.problem(TABLE, key, message, 'remove it, or set it to "none"')
         return
-    shape = shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape"))
+    shape = shape_of_draft(draft)
     own = default_options(shape.head_dim) if shape else {}
     for key, message in problems(own | options) if options else ():
         # A pair is wrong by the one that the job sets.

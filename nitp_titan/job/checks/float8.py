@@ -16,7 +16,7 @@ from nitp_titan.float8.layers import (
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
 from nitp_titan.job.layout import Layout
-from nitp_titan.job.shape import shape_of
+from nitp_titan.job.shape import shape_of_draft
 from nitp_titan.nitp.config import NITPConfig
 from nitp_titan.runtime import machine
 
@@ -35,7 +35,7 @@ def check_float8(draft: Draft) -> Iterator[Problem]:
         )
     if config.experts and not draft.facts().num_experts:
         yield draft.problem("float8", "experts", "found true, expected false: the model has no routed experts")
-    shape = shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape"))
+    shape = shape_of_draft(draft)
     if shape is not None:
         for word, near in unmatched(config, layers_of_shape(shape, NITPConfig())):
             hint = f'did you mean "{near}"?' if near else ""
@@ -43,7 +43,7 @@ def check_float8(draft: Draft) -> Iterator[Problem]:
             yield draft.problem("float8", "filter_fqns", message, hint)
         if config.experts and shape.num_experts and (wrong := experts_problem(shape.dim, shape.expert_hidden_dim)):
             yield draft.problem("float8", "experts", f"found true, expected false: {wrong}")
-    tokens = _tokens(Layout.of(draft), draft.get)
+    tokens = tokens_of(Layout.of(draft), draft.get)
     if tokens % MULTIPLE and not config.emulate:
         message = f"a rank has {tokens} tokens at a time, expected a multiple of {MULTIPLE} with float8"
         yield draft.problem("training", ("seq_len", "local_batch_size"), message)
@@ -57,7 +57,7 @@ def check_device(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("float8", "recipe", message)
 
 
-def _tokens(layout: Layout, get: Callable[[str, str], Any]) -> int:
+def tokens_of(layout: Layout, get: Callable[[str, str], Any]) -> int:
     return tokens_at_a_time(
         get("training", "local_batch_size"),
         get("training", "seq_len"),

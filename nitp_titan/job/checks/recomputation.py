@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nitp_titan.float8.layers import in_no_name, layers_of_shape
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
-from nitp_titan.job.shape import shape_of
+from nitp_titan.job.shape import shape_of_draft
 from nitp_titan.nitp.config import NITPConfig
 
 _TABLE, _FQNS = "activation_checkpoint", "force_recompute_mm_shapes_by_fqns"
@@ -27,7 +27,7 @@ def check_recomputed_layers(draft: Draft) -> Iterator[Problem]:
     """
     if draft.get(_TABLE, "mode") != "selective" or not draft.is_written(_TABLE, _FQNS):
         return
-    shape = shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape"))
+    shape = shape_of_draft(draft)
     if shape is None:
         return
     names = [layer.name for layer in layers_of_shape(shape, NITPConfig()) if layer.name.startswith("layers.")]

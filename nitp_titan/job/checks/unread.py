@@ -13,7 +13,7 @@ from nitp_titan.job.draft import Draft, Setting, Unknown
 from nitp_titan.job.errors import quote
 from nitp_titan.job.keys.schema import all_tables
 from nitp_titan.job.loss_name import loss_name
-from nitp_titan.job.shape import shape_of
+from nitp_titan.job.shape import shape_of_draft
 from nitp_titan.nitp.config import REGULARISER
 
 _PIPELINE = "parallelism.pipeline_parallel_degree"
@@ -185,7 +185,7 @@ def _no_experts(draft: Draft) -> str:
 
 
 def _no_dense_block(draft: Draft) -> str:
-    shape = shape_of(draft.get("model", "module"), draft.get("model", "flavor"), draft.table("model.shape"))
+    shape = shape_of_draft(draft)
     all_experts = shape is not None and shape.num_experts and not shape.n_dense_layers
     return "every block has experts (model.shape.n_dense_layers is 0)" if all_experts else ""
 

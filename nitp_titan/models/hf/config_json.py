@@ -142,8 +142,7 @@ def _said(values: Mapping[str, Any]) -> Iterator[Said]:
         return
     if isinstance(named, list) and named and named[0] != family.architecture:
         yield Said("architecture", "model_type", family.architecture)
-    sizes = dict(_sizes(values, family))
-    yield from sizes.values()
+    yield from _sizes(values, family)
     fixed = family.fixed | ({} if "sliding_window" in family.fixed else {"sliding_window": _window(values, kind)})
     for name, value in fixed.items():
         yield Said(name, name if name == "sliding_window" else f"{name} of {family.architecture}", value)
@@ -157,7 +156,7 @@ def _said(values: Mapping[str, Any]) -> Iterator[Said]:
         yield Said("rope_theta", "rope_theta beside its rope_parameters", outside)
 
 
-def _sizes(values: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Said]]:
+def _sizes(values: Mapping[str, Any], family: Family) -> Iterator[Said]:
     found: dict[str, Any] = {}
     for name, keys in family.keys.items():
         key = next((key for key in keys if key in values), keys[0])
@@ -177,10 +176,10 @@ def _sizes(values: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Sai
         if name in SIZES and (type(value) is not int or value < 1):
             raise ValueError(f"has {key} = {value!r}, expected a whole number")
         found[name] = value
-        yield name, Said(name, key, value)
+        yield Said(name, key, value)
     if family.is_dense is not None:
         dense = leading(block for block in range(found["n_layers"]) if family.is_dense(values, block))
-        yield "n_dense_layers", Said("n_dense_layers", family.dense_key, dense)
+        yield Said("n_dense_layers", family.dense_key, dense)
 
 
 def _window(values: Mapping[str, Any], kind: Any) -> int:

@@ -17,7 +17,7 @@ from nitp_titan.job.build import build_trainer_config
 from nitp_titan.models.costs import Parts
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
 from nitp_titan.tools.estimate.fake_ranks import LayoutError, RankModel, ShardedParameter, rank_model
-from nitp_titan.tools.estimate.memory import CAPACITY, GIB, Run, Stage, fits, memory
+from nitp_titan.tools.estimate.memory import GIB, Run, Stage, memory, verdict
 from nitp_titan.tools.estimate.parts import parts_of_job, run_of_job
 
 COUNTED = ("weights", "gradients", "optimizer_states", "projector", "buffers")
@@ -176,8 +176,7 @@ def render(groups: list[RankGroup]) -> str:
     lines += ["", f"memory of rank {fullest.ranks[0]}, the fullest, GiB"]
     for name, size in fullest.memory_gib.items():
         lines.append(f"  {name.replace('_', ' '):<24}{'' if name in COUNTED else '~':>2}{size:>9.2f}")
-    verdict = "fits" if fits(fullest.memory_gib) else "does not fit"
-    return "\n".join([*lines, f"  {verdict} a GPU of 80 GB ({CAPACITY / GIB:.1f} GiB)"])
+    return "\n".join([*lines, f"  {verdict(fullest.memory_gib)}"])
 
 
 def _row(name: str, *columns: str) -> str:

@@ -166,6 +166,11 @@ def fits(memory_gib: dict[str, float] | None) -> bool | None:
     return None if memory_gib is None else memory_gib["total"] * GIB <= CAPACITY
 
 
+def verdict(memory_gib: dict[str, float]) -> str:
+    """Return :func:`fits` in words."""
+    return f"{'fits' if fits(memory_gib) else 'does not fit'} a GPU of 80 GB ({CAPACITY / GIB:.1f} GiB)"
+
+
 @dataclass(frozen=True, slots=True)
 class _Rank:
     """A rank's share of a block. Sizes of activations are bytes per token of its micro-batch."""

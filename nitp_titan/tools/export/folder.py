@@ -27,6 +27,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from nitp_titan.checkpoints.fit import a_few
 from nitp_titan.checkpoints.stored import Checkpoint, ExportError, find_checkpoint
+from nitp_titan.data.errors import DataError
 from nitp_titan.job import Job
 from nitp_titan.job.backbone import model_spec
 from nitp_titan.job.build import tokenizer_config
@@ -89,7 +90,7 @@ def export(checkpoint: Path, out: Path, job: Job, dtype: str | None = None) -> N
         _write_json(part / "generation_config.json", specials | {"pad_token_id": pad})
         plan.write(part)
         part.rename(out)
-    except TokenizerError as error:
+    except (TokenizerError, DataError) as error:
         raise ExportError(f"model.hf_assets_path: {error}") from error
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error}") from error

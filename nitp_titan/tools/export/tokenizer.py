@@ -17,7 +17,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.data.hf_tokenizer import TextTokenizer
 from nitp_titan.data.tokenizer import ByteTokenizer
-from nitp_titan.data.tokenizer_folder import text_of_token
+from nitp_titan.data.tokenizer_folder import CONFIG_FILES, read_config, text_of_token
 
 # Without a class of its own transformers takes the one that the model's type is known for, with other rules.
 _PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -53,12 +53,13 @@ def write_tokenizer(tokenizer: BaseTokenizer, assets: Path, folder: Path) -> int
 
     Raises:
         TokenizerError: what was written gives other ids than training.
+        DataError: a file of the folder can no longer be read.
     """
     if isinstance(tokenizer, ByteTokenizer):
         _write_byte_tokenizer(tokenizer, folder)
         return tokenizer.eos_id
     assert isinstance(tokenizer, TextTokenizer), tokenizer
-    given = _config_of(assets)
+    given = read_config(assets / CONFIG_FILES[0])
     backend = tokenizer.tokenizer
     # Those that are in the vocabulary, as training has matched them; as text, since their flags are in tokenizer.json.
     named = {
@@ -161,12 +162,6 @@ def _copy(tokenizer: Tokenizer, split_special_tokens: bool) -> Tokenizer:
 
 def _gives(tokenizer: Tokenizer, trained: dict[str, list[int]]) -> bool:
     return all(tokenizer.encode(text).ids == ids for text, ids in trained.items())
-
-
-def _config_of(assets: Path) -> dict[str, Any]:
-    """Return the contents of the folder's ``tokenizer_config.json``; empty where there is none."""
-    path = assets / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _byte_characters() -> list[str]:
