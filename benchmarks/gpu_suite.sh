@@ -7,7 +7,7 @@
 #   PYTHON         the interpreter              COMMIT   the commit, where there is no git
 #   SECONDS_LEFT   the limit of all together    DRY_RUN  if set, the commands are printed and not run
 #   ONLY           a pattern (bash's =~) of the steps to run
-# Steps named second-*, third-* and more-* are for further calls: ONLY=second SECONDS_LEFT=200. On one H200 machine, with
+# Steps named second-*, third-* and more-* are for further calls: ONLY=second SECONDS_LEFT=270. On one H200 machine, with
 # nothing compiled before, the first call took 520 s; a cache that is kept (TORCHINDUCTOR_CACHE_DIR) saves a third.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -81,18 +81,26 @@ none="--activation_checkpoint.mode=none"
 gpu_tests=(-q -m gpu -p no:cacheprovider --tb=short)
 steps() { echo --steps 5 --warmup 3 --repeats "$1"; }
 
-# 1. Does it compute what a CPU does: products added in fp32, a compiled step of each debug model.
-step first 100 pytest "${gpu_tests[@]}" -n 4 -k "in_fp32 or compiled_in_float32" \
-    tests/nitp/test_weight_gradient.py tests/titan/test_loss_head.py tests/titan/test_devices.py
+# as_measured FLAVOR: the option of benchmarks.throughput that adds NITP with the fastest tiles of flex attention.
+as_measured() {
+    local overrides
+    [ -f "$out/attention.json" ] || return 0
+    overrides=$("$PYTHON" -m benchmarks.attention --fastest "$out/attention.json" --flavors "$1" 2> /dev/null) || return 0
+    [ -z "$overrides" ] || echo "--variant=nitp_tiles:$overrides"
+}
 
-# 2. The 0.5B model: next-token prediction, NITP, stock TorchTitan, and where a step's time goes; without recomputation,
-# with MTP-1.
+# 1. The tiles of flex attention, whose backward pass is the largest kernel of a step.
+step attention 90 benchmarks.attention --flavors 0.5B,9B-A1B --out "$out/attention.json"
+
+# 2. The 0.5B model, without recomputation and with it: next-token prediction, NITP, MTP-1, stock TorchTitan, NITP with
+# those tiles and with weights that stay gathered; and where a step's time goes.
 # shellcheck disable=SC2046
-step throughput-0.5b 150 benchmarks.throughput --config $small --variants ntp,nitp,stock,ntp_joint $(steps 3) \
-    --profile nitp,stock --out "$out/throughput-0.5b.json" $four $selective
+step throughput-0.5b-none 130 benchmarks.throughput --config $small --variants ntp_joint,nitp,mtp $(steps 3) \
+    --variant nitp_kept:parallelism.fsdp_reshard_after_forward=never $(as_measured 0.5B) \
+    --profile nitp,ntp_joint --out "$out/throughput-0.5b-none.json" $four $none
 # shellcheck disable=SC2046
-step throughput-0.5b-none 90 benchmarks.throughput --config $small --variants ntp_joint,nitp,mtp $(steps 3) \
-    --profile nitp --out "$out/throughput-0.5b-none.json" $four $none
+step throughput-0.5b 120 benchmarks.throughput --config $small --variants ntp,nitp,stock $(steps 3) \
+    --profile stock --out "$out/throughput-0.5b.json" $four $selective
 
 # 3. The loss alone, its implementations side by side.
 step loss 60 benchmarks.loss --tokens 8192 --width 896 --repeats 3 --out "$out/loss.json" \
@@ -100,40 +108,34 @@ step loss 60 benchmarks.loss --tokens 8192 --width 896 --repeats 3 --out "$out/l
 
 # 4. A mixture of experts, whole.
 # shellcheck disable=SC2046
-step throughput-1.9b-a0.3b 110 benchmarks.throughput --config $sparse --variants ntp_joint,nitp $(steps 3) \
+step throughput-1.9b-a0.3b 90 benchmarks.throughput --config $sparse --variants ntp_joint,nitp $(steps 3) \
     --profile nitp --out "$out/throughput-1.9b-a0.3b.json" $four
 
-# A second call: 9B-A1B from slices, routed experts alone, documents that are whole sequences (attention at its most).
+# A second call: 9B-A1B from slices, routed experts alone, and whether a GPU computes what a CPU does: products added in
+# fp32, a compiled step of each debug model.
 # shellcheck disable=SC2046
 step second-throughput-9b-a1b 110 benchmarks.throughput --config $large --variants ntp,nitp --depths 4,2 $(steps 3) \
-    --profile nitp --out "$out/throughput-9b-a1b.json" --training.local_batch_size=2
-step second-experts 50 benchmarks.experts --repeats 3 --out "$out/experts.json"
-# shellcheck disable=SC2046
-step second-throughput-0.5b-whole 40 benchmarks.throughput --config $small --variants ntp_joint,nitp $(steps 2) \
-    --mean-document 0 --out "$out/throughput-0.5b-whole.json" $four $none
+    $(as_measured 9B-A1B) --profile nitp --out "$out/throughput-9b-a1b.json" --training.local_batch_size=2
+step second-experts 45 benchmarks.experts --repeats 3 --out "$out/experts.json"
+step second-first 110 pytest "${gpu_tests[@]}" -n 6 -k "in_fp32 or compiled_in_float32" \
+    tests/nitp/test_weight_gradient.py tests/titan/test_loss_head.py tests/titan/test_devices.py
 
-# A third: float8, and what else only a GPU can test.
+# A third: float8, documents that are whole sequences (attention at its most), and what else only a GPU can test.
 # shellcheck disable=SC2046
 step third-throughput-0.5b-float8 100 benchmarks.throughput --config $small --variants nitp $(steps 3) \
     --variant nitp_float8:float8.recipe=tensorwise --variant nitp_float8_rowwise:float8.recipe=rowwise \
     --out "$out/throughput-0.5b-float8.json" $four $none
+# shellcheck disable=SC2046
+step third-throughput-0.5b-whole 40 benchmarks.throughput --config $small --variants ntp_joint,nitp $(steps 2) \
+    --mean-document 0 --out "$out/throughput-0.5b-whole.json" $four $none
 step third-gpu-tests 100 pytest "${gpu_tests[@]}" -n 4 tests/titan/test_devices.py tests/nitp/test_weight_gradient.py \
     tests/titan/test_loss_head.py tests/float8/test_float8_experts.py tests/benchmarks/test_bench_kernels.py
 
-# With time to spare: torch's own tiles of flex attention for head dim 160 against ours, the other switches, the smoke
-# job. CUDA graphs: torch >= 2.13; a graph keeps its memory to itself: with fewer sequences all variants fit.
-flex=model.flex_kernel_options
-torchs=$flex.fwd_BLOCK_M=128,$flex.fwd_BLOCK_N=64,$flex.fwd_num_warps=4,$flex.fwd_num_stages=3
-torchs=$torchs,$flex.bwd_BLOCK_M1=64,$flex.bwd_BLOCK_N1=64,$flex.bwd_BLOCK_M2=64,$flex.bwd_BLOCK_N2=64
-torchs=$torchs,$flex.bwd_num_warps=4,$flex.bwd_num_stages=2
-# shellcheck disable=SC2046
-step more-throughput-9b-flex 90 benchmarks.throughput --config $large --variants nitp $(steps 3) \
-    --variant "nitp_torchs_tiles:$torchs" --profile nitp_torchs_tiles --out "$out/throughput-9b-flex.json" \
-    --training.local_batch_size=2 --model.shape.n_layers=3 --nitp.target_layer=none
+# With time to spare: the other switches, the smoke job. CUDA graphs: torch >= 2.13; a graph keeps its memory to itself:
+# with fewer sequences all variants fit.
 # shellcheck disable=SC2046
 step more-throughput-0.5b-switches 90 benchmarks.throughput --config $small --variants nitp $(steps 3) \
     --variant nitp_foreach:optimizer.implementation=foreach \
-    --variant nitp_kept:parallelism.fsdp_reshard_after_forward=never \
     --out "$out/throughput-0.5b-switches.json" $four $none
 # shellcheck disable=SC2046
 step more-throughput-0.5b-graphs 110 benchmarks.throughput --config $small --variants ntp,nitp $(steps 3) \

@@ -6,11 +6,12 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import experts, loss, throughput
+from benchmarks import attention, experts, loss, throughput
 from benchmarks.heads import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,11 +33,12 @@ FIRST_CALL = [name for name in STEPS if not name.startswith(LATER)]
 
 
 def test_the_most_important_comes_first():
-    assert FIRST_CALL == ["first", "throughput-0.5b", "throughput-0.5b-none", "loss", "throughput-1.9b-a0.3b"]
+    sizes = ["throughput-0.5b-none", "throughput-0.5b", "loss", "throughput-1.9b-a0.3b"]
+    assert ["attention", *sizes] == FIRST_CALL
     assert list(STEPS)[: len(FIRST_CALL)] == FIRST_CALL
 
 
-@pytest.mark.parametrize(("call", "budget"), [("", 530), ("second-", 200), ("third-", 200)])
+@pytest.mark.parametrize(("call", "budget"), [("", 530), ("second-", 270), ("third-", 270)])
 def test_limits_add_up_to_less_than_a_calls_budget(call, budget):
     names = [name for name in STEPS if name.startswith(call)] if call else FIRST_CALL
     assert names
@@ -59,14 +61,14 @@ def test_jobs_of_throughput_are_valid(name, monkeypatch, tmp_path):
 
 
 def test_bars_have_their_steps():
-    assert "ntp,nitp,stock,ntp_joint" in STEPS["throughput-0.5b"]
+    assert "ntp,nitp,stock" in STEPS["throughput-0.5b"]
     assert "ntp_joint,nitp,mtp" in STEPS["throughput-0.5b-none"]
     assert "4,2" in STEPS["second-throughput-9b-a1b"]
     assert "nitp_float8:float8.recipe=tensorwise" in STEPS["third-throughput-0.5b-float8"]
     own = {name: {word.partition(":")[0] for word in words if ":" in word} for name, words in STEPS.items()}
     assert own["more-throughput-0.5b-graphs"] == {"ntp_graphs", "nitp_graphs"}
-    assert own["more-throughput-0.5b-switches"] == {"nitp_foreach", "nitp_kept"}
-    assert own["more-throughput-9b-flex"] == {"nitp_torchs_tiles"}
+    assert own["more-throughput-0.5b-switches"] == {"nitp_foreach"}
+    assert own["throughput-0.5b-none"] == {"nitp_kept"}
     assert "8192" in STEPS["loss"][STEPS["loss"].index("--tokens") + 1].split(",")
 
 
@@ -79,6 +81,9 @@ def test_other_steps_are_valid():
     module, *words = STEPS["second-experts"]
     assert module == "benchmarks.experts"
     assert experts.parse(words).out == Path("out/experts.json")
+    module, *words = STEPS["attention"]
+    assert module == "benchmarks.attention"
+    assert attention.parse(words).out == Path("out/attention.json")
 
 
 def run_suite(folder: Path, python: str, seconds: int) -> subprocess.CompletedProcess[str]:
@@ -117,12 +122,28 @@ def test_some_steps_alone_go_on_with_what_others_wrote(tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
-    for pattern in ("^first|graphs", "float8"):
+    for pattern in ("^attention|graphs", "float8"):
         env = os.environ | {"PYTHON": str(python), "ONLY": pattern}
         done = subprocess.run(["bash", str(SUITE), str(out)], env=env, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0
     lines = [json.loads(line) for line in (out / "suite.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == ["first", "more-throughput-0.5b-graphs", "third-throughput-0.5b-float8"]
+    steps = ["attention", "more-throughput-0.5b-graphs", "third-throughput-0.5b-float8"]
+    assert [line["step"] for line in lines] == steps
+
+
+def test_measured_tiles_are_a_variant_of_what_follows(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    out.mkdir()
+    fastest = {"bwd_num_warps": 4, "bwd_BLOCK_M1": 32}
+    (out / "attention.json").write_text(json.dumps({"attention": [{"flavor": "0.5B", "fastest": fastest}]}))
+    python.write_text(f'#!/bin/sh\ncase "$*" in *--fastest*) exec {sys.executable} "$@";; esac\necho "$@"\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "ONLY": "^throughput-0.5b-none|9b"}
+    subprocess.run(["bash", str(SUITE), str(out)], env=env, capture_output=True, text=True, cwd=ROOT, check=True)
+    words = (out / "throughput-0.5b-none.log").read_text().split()
+    tiles = "nitp_tiles:model.flex_kernel_options.bwd_num_warps=4,model.flex_kernel_options.bwd_BLOCK_M1=32"
+    assert f"--variant={tiles}" in words
+    assert "nitp_tiles" not in (out / "second-throughput-9b-a1b.log").read_text()  # not measured
 
 
 def test_nothing_is_run_where_something_is_missing(tmp_path):
