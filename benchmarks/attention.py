@@ -107,10 +107,13 @@ class Attention:
 
     def __init__(self, case: Case):
         import torch
+        import torch._functorch.config
         from torch.nn.attention.flex_attention import create_block_mask
 
         from benchmarks.batches import packed_batch
 
+        # A backward pass is run many times here, so it may not give its inputs' memory to its results.
+        torch._functorch.config.donated_buffer = False
         self.case, shape, device = case, case.shape, case.device
         generator = torch.Generator().manual_seed(0)
         sizes = {"sequences": case.sequences, "seq_len": case.seq_len, "vocab_size": 2}
@@ -207,82 +210,89 @@ def _directions(case: Case) -> tuple[Direction, ...]:
     return ("forward", "backward") if case.has_backward else ("forward",)
 
 
-Work = tuple[Case, Direction, str, dict[str, int]]
+Work = tuple[Direction, str, dict[str, int]]
 
 
-def _work(cases: Sequence[Case]) -> Iterator[Work]:
-    for case in cases:
-        for direction in _directions(case):
-            for name, options in candidates(direction, case.shape.head_dim).items():
-                yield case, direction, name, options
+def _work(case: Case) -> Iterator[Work]:
+    for direction in _directions(case):
+        for name, options in candidates(direction, case.shape.head_dim).items():
+            yield direction, name, options
 
 
-def _worker(share: list[Work], compiled: Any, alone: Any, queue: Any, rounds: int, steps: int) -> None:
+def _worker(case: Case, share: list[Work], compiled: Any, alone: Any, queue: Any, rounds: int, steps: int) -> None:
     """Compile a share of the work, wait for the others, and time it."""
-    attentions: dict[Case, tuple[Attention, list[Any]]] = {}
     ready: list[tuple[Work, float]] = []
     try:
+        attention = Attention(case)
+        expected = attention.reference()
         for work in share:
-            case, _direction, _name, options = work
-            if case not in attentions:
-                attention = Attention(case)
-                attentions[case] = attention, attention.reference()
-            attention, expected = attentions[case]
             try:
-                ready.append((work, attention.error(options, expected)))
+                ready.append((work, attention.error(work[2], expected)))
             except Exception as error:  # most of all: it takes more shared memory than there is
-                queue.put((work, None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+                queue.put((work, None, _said(error)))
     finally:
         compiled.wait()
     for work, error in ready:
-        case, direction, _name, options = work
-        with alone:
-            seconds = attentions[case][0].seconds(direction, options, rounds=rounds, steps=steps)
-        queue.put((work, seconds, error))
+        try:
+            with alone:
+                seconds = attention.seconds(work[0], work[2], rounds=rounds, steps=steps)
+            queue.put((work, seconds, error))
+        except Exception as failure:
+            queue.put((work, None, _said(failure)))
     queue.put(None)
 
 
-def run_cases(cases: Sequence[Case], *, workers: int, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Measure the cases in several processes; return a result for each."""
-    work = list(_work(cases))
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def run_case(case: Case, *, workers: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Measure a case in several processes."""
+    work = list(_work(case))
     workers = min(workers, len(work))
     context = multiprocessing.get_context("spawn")
     compiled, alone, queue = context.Barrier(workers), context.Lock(), context.Queue()
     shares = [work[i::workers] for i in range(workers)]
     processes = [
-        context.Process(target=_worker, args=(share, compiled, alone, queue, rounds, steps)) for share in shares
+        context.Process(target=_worker, args=(case, share, compiled, alone, queue, rounds, steps)) for share in shares
     ]
     for process in processes:
         process.start()
-    found: dict[tuple[str, Direction, str], tuple[list[float] | None, Any]] = {}
+    found: Found = {}
     ended = 0
     while ended < workers:
         try:
             message = queue.get(timeout=5)
         except Exception:  # Empty: is anybody left who could say something?
+            if any(process.exitcode for process in processes):
+                compiled.abort()  # nobody waits for the one that ended
             if not any(process.is_alive() for process in processes):
                 break
             continue
         if message is None:
             ended += 1
             continue
-        (case, direction, name, _options), seconds, note = message
-        found[case.flavor, direction, name] = seconds, note
+        (direction, name, _options), seconds, note = message
+        found[direction, name] = seconds, note
         text = note if seconds is None else f"{1e3 * statistics.median(seconds):.3f} ms"
         print(f"{case.flavor} {direction} {name}: {text}", file=sys.stderr, flush=True)
     for process in processes:
         process.join()
-    return [_result(case, found) for case in cases]
+    return _result(case, found)
 
 
-def _result(case: Case, found: dict[tuple[str, Direction, str], tuple[list[float] | None, Any]]) -> dict[str, Any]:
+Found = dict[tuple[Direction, str], tuple[list[float] | None, Any]]
+"""(direction, candidate) -> the seconds of its rounds and its error, or None and why there are none."""
+
+
+def _result(case: Case, found: Found) -> dict[str, Any]:
     shape = case.shape
     result: dict[str, Any] = {**dataclasses.asdict(case), "heads": shape.n_heads, "key_heads": shape.n_kv_heads}
     result |= {"head_dim": shape.head_dim, "fastest": {}, "skipped": {}}
     for direction in _directions(case):
         rows = result[direction] = {}
         for name, options in candidates(direction, shape.head_dim).items():
-            seconds, note = found.get((case.flavor, direction, name), (None, "its process ended"))
+            seconds, note = found.get((direction, name), (None, "its process ended"))
             if seconds is None:
                 result["skipped"][f"{direction} {name}"] = note
                 continue
@@ -352,9 +362,11 @@ def run(options: argparse.Namespace) -> int:
     facts = results.machine_facts()
     out = options.out or results.default_path("attention", "", facts["device"], device)
     results.check_writable(out)
-    measured = run_cases(asked, workers=options.workers, rounds=options.repeats, steps=options.steps)
-    result = {**facts, "rounds": options.repeats, "clock": DeviceClock(device).kind, "attention": measured}
-    results.write(out, result)
+    result = {**facts, "rounds": options.repeats, "clock": DeviceClock(device).kind, "attention": []}
+    for case in asked:
+        found = run_case(case, workers=options.workers, rounds=options.repeats, steps=options.steps)
+        result["attention"].append(found)
+        results.write(out, result)
     show(table(result), out)
     return 0
 

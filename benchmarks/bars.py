@@ -23,6 +23,7 @@ class Results:
     throughput: list[Result]
     loss: list[Result]
     experts: list[Result] = field(default_factory=list)
+    attention: list[Result] = field(default_factory=list)
     card: str = "H100"
     """Of which GPU bars are looked at."""
 
@@ -35,8 +36,8 @@ class Results:
         """
         found = [_read(path) for path in sorted(folder.glob("*/*.json"))]
         found = [result for result in found if _KINDS.get(result.get("device_type"), "gpu") == kind]
-        throughput, loss, experts = ([r for r in found if key in r] for key in ("variants", "cases", "experts"))
-        return cls(throughput, loss, experts)
+        kinds = ("variants", "cases", "experts", "attention")
+        return cls(*([result for result in found if key in result] for key in kinds))
 
     def of_bars(self, config: str, *paths: tuple[str, ...], whole: bool = True) -> list[Result]:
         """Return the throughput results that bars speak of, and that have all of these values.

@@ -95,11 +95,11 @@ step attention 90 benchmarks.attention --flavors 0.5B,9B-A1B --out "$out/attenti
 # 2. The 0.5B model, without recomputation and with it: next-token prediction, NITP, MTP-1, stock TorchTitan, NITP with
 # those tiles and with weights that stay gathered; and where a step's time goes.
 # shellcheck disable=SC2046
-step throughput-0.5b-none 130 benchmarks.throughput --config $small --variants ntp_joint,nitp,mtp $(steps 3) \
+step throughput-0.5b-none 175 benchmarks.throughput --config $small --variants ntp_joint,nitp,mtp $(steps 3) \
     --variant nitp_kept:parallelism.fsdp_reshard_after_forward=never $(as_measured 0.5B) \
     --profile nitp,ntp_joint --out "$out/throughput-0.5b-none.json" $four $none
 # shellcheck disable=SC2046
-step throughput-0.5b 120 benchmarks.throughput --config $small --variants ntp,nitp,stock $(steps 3) \
+step throughput-0.5b 105 benchmarks.throughput --config $small --variants ntp,nitp,stock $(steps 3) \
     --profile stock --out "$out/throughput-0.5b.json" $four $selective
 
 # 3. The loss alone, its implementations side by side.
@@ -114,10 +114,10 @@ step throughput-1.9b-a0.3b 90 benchmarks.throughput --config $sparse --variants 
 # A second call: 9B-A1B from slices, routed experts alone, and whether a GPU computes what a CPU does: products added in
 # fp32, a compiled step of each debug model.
 # shellcheck disable=SC2046
-step second-throughput-9b-a1b 110 benchmarks.throughput --config $large --variants ntp,nitp --depths 4,2 $(steps 3) \
+step second-throughput-9b-a1b 130 benchmarks.throughput --config $large --variants ntp,nitp --depths 4,2 $(steps 3) \
     $(as_measured 9B-A1B) --profile nitp --out "$out/throughput-9b-a1b.json" --training.local_batch_size=2
-step second-experts 45 benchmarks.experts --repeats 3 --out "$out/experts.json"
-step second-first 110 pytest "${gpu_tests[@]}" -n 6 -k "in_fp32 or compiled_in_float32" \
+step second-experts 40 benchmarks.experts --repeats 3 --out "$out/experts.json"
+step second-first 100 pytest "${gpu_tests[@]}" -n 6 -k "in_fp32 or compiled_in_float32" \
     tests/nitp/test_weight_gradient.py tests/titan/test_loss_head.py tests/titan/test_devices.py
 
 # A third: float8, documents that are whole sequences (attention at its most), and what else only a GPU can test.

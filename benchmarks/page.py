@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention import TORCHS
 from benchmarks.bars import BARS, CARDS, LARGE, SMALL, UNMEASURED, Results, at
 from benchmarks.loss import size_of
 from benchmarks.loss_memory import rows as memory_rows
@@ -148,7 +149,7 @@ def loss_limits() -> list[str]:
 
 
 def where_time_goes(results: Results) -> list[str]:
-    """Return the groups of kernels of every step that was profiled, and the kernels of most time of the first."""
+    """Return the groups of kernels of every step that was profiled, and the kernels of most time of one of them."""
     profiles = [
         (result, name, found) for result in results.throughput for name, found in result.get("profiles", {}).items()
     ]
@@ -164,8 +165,10 @@ def where_time_goes(results: Results) -> list[str]:
         depth = at(result, "variants", name, "layers")
         what = f"`{result['config']}`, {depth} blocks{_recomputation(result)}, {result['device']}"
         lines.append(f"| {what} | {name} | {' | '.join(figures)} | {found['idle_ms']:.1f} |")
-    result, name, found = profiles[0]
-    lines += ["", f"The kernels of most time of the first, {name}:", "", "| ms | times | kernel |", "|---|---|---|"]
+    # Those of NITP in the smallest model, where there are any.
+    result, name, found = min(profiles, key=lambda p: (Path(p[0]["config"]).stem != SMALL, p[1] != "nitp"))
+    what = f"`{result['config']}`, {name}, {result['device']}"
+    lines += ["", f"The kernels of most time of {what}:", "", "| ms | times | kernel |", "|---|---|---|"]
     for row in found["kernels"][:KERNELS]:
         lines.append(f"| {row['ms']:.2f} | {row['count']} | `{row['name'][:90]}` |")
     return lines
@@ -194,6 +197,29 @@ def experts(results: Results) -> list[str]:
                 lines.append(f"| {size} | {name} | {times} | {values['tflops']:.0f} | {case['limit_ms']:.2f} |")
         lines.append("")
     return lines or [f"The experts on a GPU: {UNMEASURED}."]
+
+
+def attention(results: Results) -> list[str]:
+    """Return a table of flex attention's tiles for each case of a GPU, the fastest first."""
+    lines: list[str] = []
+    for result in results.attention:
+        lines += [
+            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            "",
+            "| flex attention | tiles, warps, stages | ms (min .. max) | in torch's | error |",
+            "|---|---|---|---|---|",
+        ]
+        for case in result["attention"]:
+            size = f"{case['flavor']}, {case['sequences']} x {case['seq_len']:,} tokens"
+            for direction in ("forward", "backward"):
+                rows = case.get(direction, {})
+                base = at(rows, TORCHS, "ms", "median")
+                for name, row in sorted(rows.items(), key=lambda item: item[1]["ms"]["median"]):
+                    times = "{median:.2f} ({min:.2f} .. {max:.2f})".format(**row["ms"])
+                    ratio = f"{row['ms']['median'] / base:.2f}" if base else "n/a"
+                    lines.append(f"| {size}, {direction} | {name} | {times} | {ratio} | {row['error']:.4f} |")
+        lines.append("")
+    return lines or [f"Flex attention's tiles on a GPU: {UNMEASURED}."]
 
 
 def gap(results: Results) -> list[str]:
@@ -229,6 +255,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, list[str]]:
         "gap": gap(gpu),
         "kernels": where_time_goes(gpu),
         "experts": experts(gpu),
+        "attention": attention(gpu),
         "loss limits": loss_limits(),
         "counted": counted(Results.read(folder, "meta")),
         "cpu": cpu_ratios(cpu),

@@ -40,10 +40,10 @@ def test_error_is_against_dense_attention_in_documents():
 
 def test_the_fastest_right_one_is_handed_on(tmp_path):
     names = list(candidates("forward", 32))
-    found = {("debug", "forward", name): ([1.0], 0.001) for name in names}
-    found["debug", "forward", names[2]] = [0.5], 0.001
-    found["debug", "forward", names[3]] = [0.1], 0.5  # wrong
-    found["debug", "forward", names[4]] = None, "OutOfResources: shared memory"
+    found = {("forward", name): ([1.0], 0.001) for name in names}
+    found["forward", names[2]] = [0.5], 0.001
+    found["forward", names[3]] = [0.1], 0.5  # wrong
+    found["forward", names[4]] = None, "OutOfResources: shared memory"
     result = attention._result(CASE, found)
     assert result["skipped"] == {f"forward {names[4]}": "OutOfResources: shared memory"}
     assert result["fastest"] == candidates("forward", 32)[names[2]]

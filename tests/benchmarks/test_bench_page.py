@@ -191,6 +191,18 @@ PROFILE = {
 }
 
 
+def test_tiles_of_flex_attention_are_a_table(tmp_path):
+    row = {"options": {}, "ms": {"median": 2.0, "min": 1.9, "max": 2.1}, "error": 0.0025}
+    fast = row | {"ms": {"median": 1.5, "min": 1.4, "max": 1.6}}
+    case = {"flavor": "0.5B", "sequences": 4, "seq_len": 8192, "forward": {"torch's": row, "64 64 4 2": fast}}
+    facts = {key: THROUGHPUT[key] for key in ("device", "device_type", "torch", "commit", "rounds")}
+    found = page.blocks(folder_with(tmp_path, a={**facts, "attention": [case]}))["attention"]
+    assert found[4:6] == [
+        "| 0.5B, 4 x 8,192 tokens, forward | 64 64 4 2 | 1.50 (1.40 .. 1.60) | 0.75 | 0.0025 |",
+        "| 0.5B, 4 x 8,192 tokens, forward | torch's | 2.00 (1.90 .. 2.10) | 1.00 | 0.0025 |",
+    ]
+
+
 def test_where_a_steps_time_goes(tmp_path):
     profiled = copy.deepcopy(THROUGHPUT) | {"profiles": {"nitp": PROFILE}}
     profiled["job_overrides"] = ["--activation_checkpoint.mode=none"]
