@@ -23,6 +23,7 @@ from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
+from nitp_titan.runs.steps import is_complete
 from nitp_titan.titan.spec import backbone_config
 
 
@@ -47,6 +48,24 @@ class CheckpointManager(Upstream):
         if saved and self.after_save is not None:
             self.after_save()
         return saved
+
+    def save_now(self, step: int) -> bool:
+        """Save all of a step's state, whether or not a checkpoint is due, and wait for it; return whether there is one.
+
+        There is none where the job saves none (``checkpoint.enable``, ``load_only``). One that was being saved in the
+        background is waited for; one of this very step is not saved again.
+        """
+        if not self.enable or self.load_only:
+            return False
+        self.maybe_wait_for_staging()
+        self.maybe_wait_for_saving()
+        checkpoint_id = self._create_checkpoint_id(step)
+        if not is_complete(Path(checkpoint_id)):
+            states = self._flattened_model_states_sd()
+            self.dcp_save(states, checkpoint_id=checkpoint_id, async_mode=AsyncMode.DISABLED)
+            if self.after_save is not None:
+                self.after_save()
+        return True
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.
