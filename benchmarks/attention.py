@@ -20,55 +20,20 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
 from benchmarks.console import measure, show
 from benchmarks.measure import DeviceClock, Spread
+from benchmarks.tiles import NAMES, TORCHS, Direction, candidates
 from nitp_titan.models.flavors import FLAVORS, Shape
-from nitp_titan.models.flex_options import default_options
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-Direction = Literal["forward", "backward"]
-TORCHS = "torch's"
-"""The candidate that sets nothing."""
 WRONG = 0.03
 """Relative error from which a candidate is not taken: bf16's own is below 0.01."""
-
-_NAMES: dict[Direction, tuple[str, ...]] = {
-    "forward": ("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps", "fwd_num_stages"),
-    "backward": ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2", "bwd_num_warps", "bwd_num_stages"),
-}
-# Those that fit a head dim of 64 and those that fit one of 160; what does not fit into shared memory is left out.
-_CANDIDATES: dict[Direction, tuple[tuple[int, ...], ...]] = {
-    "forward": (
-        (128, 128, 8, 3),
-        (128, 128, 8, 2),
-        (128, 64, 4, 3),
-        (128, 64, 8, 3),
-        (64, 128, 4, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-        (128, 32, 8, 3),
-        (64, 32, 4, 3),
-    ),
-    "backward": (
-        (64, 128, 128, 64, 8, 2),
-        (64, 128, 128, 64, 4, 2),
-        (64, 64, 64, 64, 4, 3),
-        (64, 64, 64, 64, 4, 2),
-        (64, 64, 64, 64, 8, 2),
-        (32, 128, 128, 32, 8, 3),
-        (32, 128, 128, 32, 4, 3),
-        (32, 64, 64, 32, 4, 3),
-        (32, 64, 64, 32, 4, 2),
-        (32, 64, 64, 32, 8, 2),
-        (128, 128, 128, 128, 8, 2),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,16 +55,6 @@ class Case:
     def has_backward(self) -> bool:
         """Flex attention has no backward pass on a CPU."""
         return self.device != "cpu"
-
-
-def candidates(direction: Direction, head_dim: int) -> dict[str, dict[str, int]]:
-    """Return name -> options of one direction: torch's choice, ours where a head dim has one, and others."""
-    names = _NAMES[direction]
-    found: dict[str, dict[str, int]] = {TORCHS: {}}
-    ours = default_options(head_dim)
-    rows = [tuple(ours[name] for name in names)] if ours else []
-    rows += [row for row in _CANDIDATES[direction] if row not in rows]
-    return found | {" ".join(map(str, row)): dict(zip(names, row, strict=True)) for row in rows}
 
 
 class Attention:
@@ -326,7 +281,7 @@ def table(result: dict[str, Any]) -> Table:
     for name in ("ms (min .. max)", "in torch's", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
     for case in result["attention"]:
-        for direction in _NAMES:
+        for direction in NAMES:
             rows = case.get(direction, {})
             base = rows.get(TORCHS, {}).get("ms", {}).get("median")
             for name, row in sorted(rows.items(), key=lambda item: item[1]["ms"]["median"]):

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention import TORCHS
 from benchmarks.bars import BARS, CARDS, LARGE, SMALL, UNMEASURED, Results, at
 from benchmarks.loss import size_of
 from benchmarks.loss_memory import rows as memory_rows
 from benchmarks.results import RESULTS, ROOT
 from benchmarks.roofline import MFUS, Roofline, cross_entropy_operations, loss_operations, roofline, rows, seconds_of
 from benchmarks.summary import overheads
+from benchmarks.tiles import TORCHS
 from nitp_titan.models.flavors import CONTEXT, FLAVORS
 
 PAGE = ROOT / "docs" / "performance.md"

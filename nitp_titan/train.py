@@ -78,6 +78,8 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
     from torchtitan.observability import structured_logger
     from torchtitan.tools.logging import init_logger, logger
 
+    from nitp_titan.checkpoints.manager import CheckpointManager
+    from nitp_titan.job.fingerprint import fingerprint
     from nitp_titan.job.write import write_resolved
 
     init_logger()
@@ -100,6 +102,8 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
         except ValueError as error:
             # What the checks of the job could not see: it takes the data, the tokenizer or the model itself.
             raise JobError([Problem(job.file, "", str(error))]) from error
+        if isinstance(trainer.checkpointer, CheckpointManager):
+            trainer.checkpointer.fingerprint = fingerprint(job)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:

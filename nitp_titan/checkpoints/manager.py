@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torchtitan.components.checkpointer import CheckpointManager as Upstream
-from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
+from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
 
-from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face, of_every_rank
-from nitp_titan.data.loader import ADDED_LATER
+from nitp_titan.checkpoints.find import NoWholeCheckpoint, latest_whole, of_first_rank, reason_against
+from nitp_titan.checkpoints.fingerprint import Fingerprint, differences, refusals
+from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
+from nitp_titan.checkpoints.folder import clean_up, saving, set_aside, take_away, to_remove
+from nitp_titan.checkpoints.keys import CheckpointKeys
+from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader, SafeRemoteReader
+from nitp_titan.checkpoints.same_run import check, refusal, without_what_the_checkpoint_lacks
+from nitp_titan.checkpoints.writer import WholeWriter, seal
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
-from nitp_titan.nitp.config import PROJECTOR_PREFIX
-from nitp_titan.runs.steps import is_complete
+from nitp_titan.runs.manifest import NAME as MANIFEST
+from nitp_titan.runs.manifest import Manifest, ManifestError
+from nitp_titan.runs.steps import HF_INDEX, is_complete
 from nitp_titan.titan.spec import backbone_config
 
 
@@ -33,18 +42,47 @@ class CheckpointManager(Upstream):
     Two runs may differ by the projector. One that gains it, from stock TorchTitan or from before ``nitp.start_step``,
     keeps its initial weights, and the optimizer starts its moments when it first has a gradient, as in a run that was
     not interrupted. One that goes on without it leaves it.
+
+    A checkpoint is written beside its place and put there when it is whole, with the checksums of its files. A run goes
+    on from the latest one that is whole, or from the one that was asked for. Nothing in it is run. Remote folders are
+    TorchTitan's: written in place, not verified.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Upstream.Config):
-        pass
+    class Config(CheckpointKeys, Upstream.Config):
+        def __post_init__(self) -> None:
+            Upstream.Config.__post_init__(self)
+            if self.keep_every < 0:
+                raise ValueError(f"keep_every: found {self.keep_every}, expected 0 (none) or more")
+            if self.branch_from and self.initial_load_path not in (None, self.branch_from):
+                raise ValueError("branch_from and initial_load_path name two checkpoints to start from, expected one")
 
     after_save: Callable[[], None] | None = None
     """Called after each checkpoint that was saved, or whose saving goes on in the background."""
 
+    fingerprint: Fingerprint = {}
+    """What this run is: is saved with each checkpoint, and compared with that of one that the run goes on from."""
+
+    def __init__(self, config: Config, **kwargs: Any):
+        if config.branch_from:
+            config = replace(config, initial_load_path=config.branch_from, initial_load_model_only=False)
+        super().__init__(config, **kwargs)
+        self._keys = config
+        self._verified = -1
+        """The step that was found to be whole, and is gone on from; -1 for none."""
+        self._newest = -1
+        """The step that was gone on from, or saved last."""
+
+    @property
+    def _local(self) -> Path | None:
+        """The folder of the run's checkpoints; None for a remote one."""
+        return None if filesystem.is_remote(self.folder) else Path(self.folder)
+
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """Save a checkpoint where one is due, as TorchTitan does; return whether there was one."""
         saved = super().save(curr_step, last_step)
+        if saved and last_step:
+            self._purge_stale_checkpoints()
         if saved and self.after_save is not None:
             self.after_save()
         return saved
@@ -60,28 +98,132 @@ class CheckpointManager(Upstream):
         self.maybe_wait_for_staging()
         self.maybe_wait_for_saving()
         checkpoint_id = self._create_checkpoint_id(step)
-        if not is_complete(Path(checkpoint_id)):
+        if self._local is None or not is_complete(Path(checkpoint_id)):
             states = self._flattened_model_states_sd()
             self.dcp_save(states, checkpoint_id=checkpoint_id, async_mode=AsyncMode.DISABLED)
             if self.after_save is not None:
                 self.after_save()
         return True
 
+    def _load(self, step: int = -1) -> bool:
+        folder = self._local
+        if folder is None:
+            return super()._load(step)
+        if not self.load_only:
+            self._all_together(lambda: [logger.warning(line) for line in clean_up(folder)] if folder.is_dir() else None)
+        if step == -1:
+            try:
+                step = latest_whole(folder, checksums=self._keys.verify_checksums)
+            except NoWholeCheckpoint as error:
+                raise JobError(
+                    [Problem("", "", line) for line in str(error).splitlines()]
+                    + [refusal(folder, "has no whole checkpoint: move it away to start anew").problems[0]]
+                ) from error
+            step = -1 if step is None else step
+        elif reason := reason_against(folder / f"step-{step}", checksums=self._keys.verify_checksums):
+            raise refusal(folder / f"step-{step}", f"cannot be gone on from (checkpoint.load_step): {reason}")
+        self._verified = step
+        loaded = super()._load(step)
+        if loaded and step >= 0:
+            self._newest = step
+            if not self.load_only:
+                self._all_together(lambda: self._set_aside(folder, step))
+        return loaded
+
+    def _find_load_step(self, folder: str = "") -> int:
+        # What was found to be whole, not whatever has a name like one.
+        return self._verified if not folder and self._local is not None else super()._find_load_step(folder)
+
+    @staticmethod
+    def _set_aside(folder: Path, step: int) -> None:
+        if places := set_aside(folder, step):
+            names = ", ".join(place.name for place in places)
+            logger.warning(f"The run goes back to step-{step}: its later checkpoints are {names} now")
+
+    def _all_together(self, work: Callable[[], Any]) -> None:
+        """Have the first rank do what concerns the folder, and the others wait for it.
+
+        Raises:
+            JobError: it could not be done, on all ranks alike.
+        """
+        error = None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as failure:
+                error = f"{failure.strerror or failure} ({failure.filename})"
+        if error := of_first_rank(error):
+            raise refusal(self.folder, f"cannot be changed: {error}")
+
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.
 
         Raises:
-            JobError: the checkpoint lacks tensors of the model, or has others, or some of another size.
+            JobError: the checkpoint is not whole, or is another run's, or lacks tensors of the model, or has others, or
+                some of another size.
         """
+        folder = None if filesystem.is_remote(checkpoint_id) else Path(checkpoint_id)
+        if folder is not None:
+            self._check_whole(folder, from_hf)
+            state_dict = self._check_fingerprint(folder, state_dict)
         if from_hf:
             self._check_hugging_face(state_dict, Path(checkpoint_id), from_quantized)
-        # A remote checkpoint is not looked into: TorchTitan reads it through another library.
-        elif os.path.isdir(checkpoint_id):
-            stored = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-            _check(state_dict, stored, checkpoint_id)
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        if folder is not None and of_first_rank((folder / HF_INDEX).is_file()):
+            raise refusal(
+                folder,
+                "is in Hugging Face's format: a run can start from it (checkpoint.initial_load_path with "
+                "initial_load_in_hf, another job.dump_folder), not go on",
+            )
+        reader = SafeReader(folder) if folder is not None else SafeRemoteReader(checkpoint_id)
+        try:
+            stored = reader.read_metadata().state_dict_metadata
+            check(state_dict, stored, checkpoint_id)
             state_dict = without_what_the_checkpoint_lacks(state_dict, stored)
-        super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            dcp.load(state_dict, storage_reader=reader, planner=SafePlanner())
+        except CheckpointUnreadable as error:
+            raise refusal(checkpoint_id, f"cannot be loaded: {error}") from error
+        except dcp.api.CheckpointException as error:
+            unreadable = [e for e in error.failures.values() if isinstance(e[0], CheckpointUnreadable)]
+            if not unreadable:
+                raise
+            raise refusal(checkpoint_id, f"cannot be loaded: {unreadable[0][0]}") from error
+        self.states[MODEL].load_state_dict(state_dict)
 
+    def _check_whole(self, folder: Path, from_hf: bool) -> None:
+        if folder == Path(self._create_checkpoint_id(self._verified)):
+            return
+        # Hugging Face's own folders have no manifest; what is wrong with them their reader says.
+        if from_hf and of_first_rank(not (folder / MANIFEST).exists()):
+            return
+        if reason := reason_against(folder, checksums=self._keys.verify_checksums):
+            raise refusal(folder, f"cannot be loaded: {reason}")
+
+    def _check_fingerprint(self, folder: Path, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Compare what the run was; return the state without the data's where these start afresh.
+
+        A run that takes another's weights alone is a run of its own.
+        """
+        if TRAIN_STATE not in state_dict:
+            return state_dict
+        try:
+            manifest = Manifest.read(folder)
+        except ManifestError as error:
+            raise refusal(folder, f"cannot be loaded: {error}") from None
+        then: Fingerprint = of_first_rank(dict(manifest.fingerprint) if manifest else {})
+        found = differences(then, of_first_rank(self.fingerprint))
+        allowed = {*self._keys.allow_changes, *(("data",) if DATALOADER not in state_dict else ())}
+        if sentences := refusals(found, allowed):
+            raise refusal(folder, "; it ".join(sentences))
+        for one in found:
+            logger.warning(f"Goes on from {folder.name} with another {one.group}: {one}")
+        if DATALOADER in state_dict and any(one.group == "data" for one in found):
+            logger.warning("The data start afresh, since they are other data")
+            return {key: value for key, value in state_dict.items() if key != DATALOADER}
+        return state_dict
+
+    @torch.no_grad()
     def dcp_save(
         self,
         state_dict: dict[str, Any],
@@ -90,12 +232,55 @@ class CheckpointManager(Upstream):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Any:
-        """Save as TorchTitan does; Hugging Face weights with the ``config.json`` that they are to be read with."""
-        saved = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
-        if to_hf and (not dist.is_initialized() or dist.get_rank() == 0):
-            assert self.sd_adapter is not None  # or TorchTitan has refused
-            self._write_hf_config(Path(checkpoint_id))
+        """Save as TorchTitan does, beside the checkpoint's place; Hugging Face weights with the ``config.json`` that
+        they are to be read with."""
+        if filesystem.is_remote(checkpoint_id):
+            return super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        final = Path(checkpoint_id)
+        step = int(final.name.removeprefix("step-"))
+        self._newest = step
+        if to_hf:
+            return self._save_hugging_face(state_dict, final, step, enable_garbage_collection)
+        holds = "everything" if OPTIMIZER in state_dict else "weights"
+        writer = WholeWriter(final, step=step, holds=holds, fingerprint=self.fingerprint)
+        saved: Any = None
+        if async_mode == AsyncMode.ASYNC:
+            saved = dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
+        elif async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+            saved = dcp.async_save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self.pg,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
+        else:
+            dcp.save(state_dict, storage_writer=writer)
+        if enable_garbage_collection:
+            GarbageCollection.collect("GC collection invoked by checkpointer.")
         return saved
+
+    def _save_hugging_face(self, state_dict: dict[str, Any], final: Path, step: int, collect: bool) -> None:
+        folder = saving(final)
+        self._all_together(lambda: shutil.rmtree(folder, ignore_errors=True))
+        super().dcp_save(state_dict, str(folder), AsyncMode.DISABLED, collect, to_hf=True)
+        if dist.is_initialized():
+            dist.barrier()  # every rank has written its files
+
+        def finish() -> None:
+            self._write_hf_config(folder)
+            seal(final, step=step, fingerprint=self.fingerprint)
+
+        self._all_together(finish)
+
+    def _purge_stale_checkpoints(self) -> None:
+        folder = self._local
+        if folder is None:
+            super()._purge_stale_checkpoints()
+        elif self._should_purge():
+            k, every = self.keep_latest_k, self._keys.keep_every
+            for step in to_remove(folder, keep_latest=k, keep_every=every, protected=[self._newest]):
+                self.purge_queue.put(str(take_away(folder, step)))
 
     def _write_hf_config(self, folder: Path) -> None:
         try:
@@ -108,102 +293,15 @@ class CheckpointManager(Upstream):
 
     def _check_hugging_face(self, state_dict: dict[str, Any], folder: Path, from_quantized: bool) -> None:
         if self.sd_adapter is None:
-            raise _refusal(folder, "is in Hugging Face format, which the job's model has no names for")
+            raise refusal(folder, "is in Hugging Face format, which the job's model has no names for")
         # Again in TorchTitan's own method: it moves no weights but those that it has to turn.
         wanted = self.sd_adapter.to_hf(dict(state_dict))
         stored = self.sd_adapter.get_hf_storage_reader(str(folder), from_quantized).read_metadata().state_dict_metadata
         if twice := in_several_files(stored):
-            raise _refusal(folder, f"has tensors in several files, of which one is meant: {a_few(twice)}")
+            raise refusal(folder, f"has tensors in several files, of which one is meant: {a_few(twice)}")
         left = not_read_from_hugging_face(stored, self.sd_adapter, folder)
         misfit = Misfit.of(stored, wanted).without(left.keys() - wanted.keys()).of_all_ranks()
         if wrong := misfit.sentences():
-            raise _refusal(folder, "; it ".join(wrong))
+            raise refusal(folder, "; it ".join(wrong))
         for why in dict.fromkeys(left.values()):
             logger.info(f"{folder}: not read, {why}: {a_few([name for name in left if left[name] == why])}")
-
-
-def _refusal(checkpoint: Any, message: str) -> JobError:
-    return JobError([Problem(str(checkpoint), "", message)])
-
-
-def _check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: str) -> None:
-    """Refuse a training checkpoint of another model.
-
-    Raises:
-        JobError: the message names some of the tensors.
-    """
-    wanted = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    misfit = Misfit.of(stored, wanted).of_all_ranks()
-    has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in stored)
-    # Under pipeline parallelism the last stage alone has a projector.
-    wants_projector = any(of_every_rank(any(name.startswith(PROJECTOR_PREFIX) for name in wanted)))
-    if has_projector != wants_projector:
-        known = {name for name in misfit.missing + misfit.extra if name.startswith(PROJECTOR_PREFIX)}
-        misfit = misfit.without(known)
-    wrong = misfit.sentences()
-    if OPTIMIZER in state_dict and not any(name.startswith(f"{OPTIMIZER}.") for name in stored):
-        wrong.append(
-            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
-            "not go on"
-        )
-    wrong += _other_data(state_dict.get(DATALOADER), stored)
-    if wrong:
-        raise _refusal(checkpoint_id, "; it ".join(wrong))
-    if wants_projector and not has_projector:
-        logger.warning(f"{checkpoint_id} has no projector: NITP starts with its initial one")
-    if has_projector and not wants_projector:
-        logger.warning(f"{checkpoint_id} has NITP's projector, which this run does not train: it is left out")
-
-
-def _other_data(loader: Any, stored: dict[str, Any]) -> list[str]:
-    """Return a line where the checkpoint's data were drawn otherwise than a loader's, so that it could not be read.
-
-    What can be read the loader compares itself.
-    """
-    state = loader.state_dict() if isinstance(loader, Stateful) else {}
-    then, now = stored.get(f"{DATALOADER}.num_streams"), state.get("num_streams")
-    if then is None or now is None:
-        return []
-    afresh = 'or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh'
-    if tuple(then.size) != tuple(now.shape):
-        numbers = f"{then.size[0]} streams of data, the job draws from {now.shape[0]}"
-        usual = then.size[0] > 1
-        restore = f"set dataloader.num_streams = {then.size[0]}" if usual else "set dataloader.infinite = false"
-        return [f"has {numbers}: {restore}, {afresh}"]
-    lacking = _lacking(state, stored).difference(ADDED_LATER)
-    if lacking:
-        names = ", ".join(sorted(lacking))
-        return [f"has data of another kind, without {names}: restore dataloader.dataset and streaming, {afresh}"]
-    return []
-
-
-def _lacking(loader_state: dict[str, Any], stored: dict[str, Any]) -> set[str]:
-    return {name for name in loader_state if name != "streams" and f"{DATALOADER}.{name}" not in stored}
-
-
-class _Part(Stateful):
-    """A part of another's state: what is left out is neither asked of the checkpoint nor set."""
-
-    def __init__(self, whole: Stateful, left_out: set[str]):
-        self._whole, self._left_out = whole, left_out
-
-    def state_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in self._whole.state_dict().items() if key not in self._left_out}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._whole.load_state_dict(state_dict)
-
-
-def without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the state without what may be missing: a projector, optimizer state of one, later parts of a loader's."""
-    weights = {key for key in state_dict if key.startswith(PROJECTOR_PREFIX) and key not in stored}
-    kept = {key: value for key, value in state_dict.items() if key not in weights}
-    if OPTIMIZER in kept:
-        # TorchTitan's names: "state.FQN.exp_avg", "param_groups.FQN.lr".
-        ours = {key for key in kept[OPTIMIZER].state_dict() if f".{PROJECTOR_PREFIX}" in key}
-        missing = {key for key in ours if f"{OPTIMIZER}.{key}" not in stored}
-        if missing:
-            kept[OPTIMIZER] = _Part(kept[OPTIMIZER], missing)
-    if isinstance(loader := kept.get(DATALOADER), Stateful) and (missing := _lacking(loader.state_dict(), stored)):
-        kept[DATALOADER] = _Part(loader, missing)
-    return kept

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nitp_titan.checkpoints.fit import Misfit
+from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
 from nitp_titan.runs.steps import complete_steps, is_complete
 
@@ -55,11 +56,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reader = dcp.FileSystemReader(folder)
+        self.reader = SafeReader(folder)
         try:
             self.entries = self.reader.read_metadata().state_dict_metadata
-        except Exception as error:  # a pickle: anything can be wrong with it
-            raise ExportError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+        except CheckpointUnreadable as error:
+            raise ExportError(f"{folder} cannot be read: {error}") from error
 
     def problems(self, model: dict[str, torch.Tensor]) -> list[str]:
         """Return in what the checkpoint differs from a model's state dict; the projector is not looked at."""
@@ -78,7 +79,7 @@ class Checkpoint:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(tensors, storage_reader=self.reader, no_dist=True)
+                dcp.load(tensors, storage_reader=self.reader, planner=SafePlanner(), no_dist=True)
         except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
             raise ExportError(f"{self.folder} cannot be read: {type(error).__name__}: {error}") from error
         return tensors

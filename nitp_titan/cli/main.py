@@ -8,13 +8,20 @@ import sys
 from types import ModuleType
 
 from nitp_titan import __version__
-from nitp_titan.cli import check, env, export, plot, report
+from nitp_titan.cli import check, doctor, env, export, plot, report
 from nitp_titan.cli.common import fail
 from nitp_titan.job import JobError
 from nitp_titan.job.reading.command_line import split_command_line, split_config_file
 
-_VERBS: dict[str, ModuleType] = {"check": check, "report": report, "export": export, "plot": plot, "env": env}
-_OF_JOBS = ("check", "report", "export")
+_VERBS: dict[str, ModuleType] = {
+    "check": check,
+    "report": report,
+    "doctor": doctor,
+    "export": export,
+    "plot": plot,
+    "env": env,
+}
+_OF_JOBS = ("check", "report", "export", "doctor")
 """Verbs that take ``--table.key value``."""
 
 
@@ -24,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     verb = words[0] if words else ""
     overrides: list[str] = []
     config_file = None
-    if verb == "export":
+    if verb in ("export", "doctor"):
         config_file, words = split_config_file(words)
     if verb in _OF_JOBS:
         overrides, words = split_command_line(words)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nitp_titan.job.backbone import _prepare, model_spec
 from nitp_titan.job.checks import flex
 from nitp_titan.job.checks.attention import missing_kernel
+from nitp_titan.job.checks.initial import branch_checkpoint
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.job.job import Job
 from nitp_titan.job.keys.schema import OUR_TABLES
@@ -117,6 +118,8 @@ def _checkpoint(job: Job) -> Any:
     if path and "://" not in path:
         # As the other paths of a job, from where the run is started; TorchTitan takes absolute ones alone.
         table["initial_load_path"] = os.path.abspath(path)
+    if table["branch_from"] and "://" not in table["branch_from"]:
+        table["branch_from"] = str(branch_checkpoint(table["branch_from"]))
     return CheckpointManager.Config(**table)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import attention
-from benchmarks.attention import TORCHS, Attention, Case, candidates
+from benchmarks.attention import Attention, Case
+from benchmarks.tiles import TORCHS, candidates
 from benchmarks.variants import parse_variant
 from nitp_titan.models.flex_options import FlexKernelOptions, default_options, problems
 

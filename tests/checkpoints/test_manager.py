@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from nitp_titan.checkpoints import manager
 from nitp_titan.checkpoints.manager import CheckpointManager
+from nitp_titan.checkpoints.same_run import without_what_the_checkpoint_lacks
 from nitp_titan.data.loader import ADDED_LATER, TextDataLoader
 from nitp_titan.data.tokenizer import ByteTokenizer
 from nitp_titan.job import JobError
@@ -19,6 +19,7 @@ from nitp_titan.job.model_facts import facts
 from nitp_titan.models.hf.config_json import differences
 from nitp_titan.models.registry import model_registry
 from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.runs.manifest import NAME as MANIFEST
 from nitp_titan.tools.export.folder import export
 from tests.helpers.commands import call, debug_job, losses
 from tests.helpers.decoders import backbone
@@ -54,9 +55,16 @@ def test_another_model_is_refused_and_a_baseline_goes_on_without_the_projector(t
     refused = call(*debug_job(tmp_path / "run", "--training.steps=3", "--model.shape.n_layers=4"))
     assert refused.returncode == 2, refused.stderr
     step = tmp_path / "run" / "checkpoint" / "step-2"
+    changed = "is of another model: model.shape.n_layers (was 6, is 4)"
+    restore = 'restore it, or set checkpoint.allow_changes = ["model"]'
+    assert refused.stderr.splitlines()[-1] == f"{step}: {changed}; {restore}"
+    assert "Traceback" not in refused.stdout + refused.stderr
+    # What is allowed must fit all the same.
+    four = ("--model.shape.n_layers=4", "--checkpoint.allow_changes=model")
+    refused = call(*debug_job(tmp_path / "run", "--training.steps=3", *four))
+    assert refused.returncode == 2, refused.stderr
     message = f"{step}: has tensors too many for the job's model: layers.4.attention."
     assert refused.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in refused.stdout + refused.stderr
     resumed = call(*debug_job(tmp_path / "run", "--training.steps=3", "--nitp.no-enable"))
     assert resumed.returncode == 0, resumed.stderr
     assert "has NITP's projector, which this run does not train: it is left out" in resumed.stdout
@@ -64,15 +72,19 @@ def test_another_model_is_refused_and_a_baseline_goes_on_without_the_projector(t
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "restore"),
+    ("before", "after", "changed", "restore"),
     [
-        (["--dataloader.num_streams=4"], ["--dataloader.num_streams=8"], "set dataloader.num_streams = 4"),
-        (["--dataloader.no-infinite"], [], "set dataloader.infinite = false"),
-        (TEXT, [*TEXT, "--dataloader.streaming"], "without shards: restore dataloader.dataset and streaming"),
-        ([*TEXT, "--dataloader.streaming"], TEXT, "without documents: restore dataloader.dataset and streaming"),
+        (["--dataloader.num_streams=4"], ["--dataloader.num_streams=8"], "dataloader.num_streams (was 4, is 8)",
+         "set dataloader.num_streams = 4"),
+        (["--dataloader.no-infinite"], [], "dataloader.infinite (was false, is true)",
+         "set dataloader.infinite = false"),
+        (TEXT, [*TEXT, "--dataloader.streaming"], "dataloader.streaming (was false, is true)",
+         "without shards: restore dataloader.dataset and streaming"),
+        ([*TEXT, "--dataloader.streaming"], TEXT, "dataloader.streaming (was true, is false)",
+         "without documents: restore dataloader.dataset and streaming"),
     ],
 )  # fmt: skip
-def test_data_that_are_drawn_otherwise_are_refused(before, after, restore, tmp_path):
+def test_data_that_are_drawn_otherwise_are_refused(before, after, changed, restore, tmp_path):
     (tmp_path / "texts").mkdir()
     for name in "abcd":
         (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} line of text\n" * 400)
@@ -81,12 +93,22 @@ def test_data_that_are_drawn_otherwise_are_refused(before, after, restore, tmp_p
     assert first.returncode == 0, first.stderr
     refused = call(*debug_job(tmp_path / "run", "--training.steps=3", *after))
     assert refused.returncode == 2, refused.stderr
+    allow = 'restore it, or set checkpoint.allow_changes = ["data"]'
+    assert refused.stderr.splitlines()[-1].endswith(f"is of other data: {changed}; {allow}")
+    # A checkpoint of before there were manifests says what its loader's state tells.
+    manifest = tmp_path / "run" / "checkpoint" / "step-2" / MANIFEST
+    kept = manifest.read_text()
+    manifest.unlink()
+    refused = call(*debug_job(tmp_path / "run", "--training.steps=3", *after))
+    assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].endswith(
         f'{restore}, or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh'
     )
-    afresh = "--checkpoint.exclude_from_loading=dataloader"
+    manifest.write_text(kept)
+    afresh = "--checkpoint.allow_changes=data"
     resumed = call(*debug_job(tmp_path / "run", "--training.steps=3", *after, afresh))
     assert resumed.returncode == 0, resumed.stderr
+    assert "The data start afresh, since they are other data" in resumed.stdout
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -102,7 +124,7 @@ def test_a_checkpoint_of_before_a_part_of_the_loaders_state_resumes(streaming, t
     old["sequences"] = torch.tensor(7)
     torch.distributed.checkpoint.save({"dataloader": old}, checkpoint_id=tmp_path / "old", no_dist=True)
     stored = FileSystemReader(tmp_path / "old").read_metadata().state_dict_metadata
-    state = manager.without_what_the_checkpoint_lacks({"dataloader": loader}, stored)
+    state = without_what_the_checkpoint_lacks({"dataloader": loader}, stored)
     torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "old", no_dist=True)
     assert int(loader.state_dict()["sequences"]) == 7
 

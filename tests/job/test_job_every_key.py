@@ -102,6 +102,7 @@ NEEDS: dict[str, list[str]] = {
     "compile: enable_async_tensor_parallel=true": ["--compile.enable", *TENSOR],
     "checkpoint: folder=x interval=7 keep_latest_k=7 load_step=7 exclude_from_loading=optimizer": SAVES,
     "checkpoint: enable_first_step_checkpoint=true load_only=true": SAVES,
+    "checkpoint: keep_every=500 verify_checksums=false branch_from=/x allow_changes=data": SAVES,
     "checkpoint: async_mode=async initial_load_in_hf=true last_save_in_hf=true last_save_model_only=true": SAVES,
     "checkpoint: initial_load_path=/x": SAVES,
     "checkpoint: initial_load_model_only=false": [*SAVES, "--checkpoint.initial_load_path=/x"],

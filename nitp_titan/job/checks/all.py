@@ -42,6 +42,7 @@ CHECKS = (
     *upstream.CHECKS,
     schedule.check_steps,
     initial.check_enabled,
+    initial.check_branch,
 )
 """Checks of what no machine could run; ``check_model`` comes before them."""
 

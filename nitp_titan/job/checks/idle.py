@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from nitp_titan.job.draft import Draft
@@ -15,6 +16,11 @@ def idle_doubts(draft: Draft) -> Iterator[str]:
         yield "optimizer.lr is 0: nothing trains"
     if draft.get("checkpoint", "enable") and draft.get("checkpoint", "create_seed_checkpoint"):
         yield "checkpoint.create_seed_checkpoint saves the model at step 0: nothing trains"
+    every, interval = draft.get("checkpoint", "keep_every"), draft.get("checkpoint", "interval")
+    if draft.get("checkpoint", "enable") and draft.get("checkpoint", "keep_latest_k") and every and every % interval:
+        both = math.lcm(every, interval)
+        kept = f"those of every {both:,} steps are kept for good"
+        yield f"checkpoint.keep_every is {every}, and one is saved every {interval} steps: {kept}"
     if draft.get("training", "seq_len") == 1 and draft.get("nitp", "enable") and draft.get("nitp", "shift"):
         yield "training.seq_len is 1: no token has a next one, and NITP trains nothing"
     if (mode := draft.get("comm", "mode")) in ("fake_backend", "local_tensor"):

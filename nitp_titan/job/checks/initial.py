@@ -7,12 +7,10 @@ from pathlib import Path
 
 from nitp_titan.job.draft import Draft
 from nitp_titan.job.errors import Problem, quote
-from nitp_titan.runs.steps import HF_INDEX, METADATA, complete_steps, is_complete
-
-_LOADED = (METADATA, HF_INDEX)
-"""What TorchTitan knows a checkpoint by that it would load."""
+from nitp_titan.runs.steps import MARKS, complete_steps, incomplete, is_complete
 
 _NEEDS_ENABLE = {
+    "branch_from": "the run would start from random weights",
     "initial_load_path": "the run would start from random weights",
     "initial_load_in_hf": "the run would start from random weights",
     "load_step": "the run would start from random weights",
@@ -40,20 +38,61 @@ def check_files(draft: Draft) -> Iterator[Problem]:
     folder = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
     step = draft.get("checkpoint", "load_step")
     if step >= 0:
-        if not is_complete(folder / f"step-{step}", _LOADED):
+        place = folder / f"step-{step}"
+        if reason := incomplete(place, MARKS):
             latest = latest_step(folder)
             hint = f"the latest there is {latest}" if latest is not None else "there is none"
-            yield draft.problem("checkpoint", "load_step", f"found {step}, which {folder} has no checkpoint of", hint)
+            found = f"found {step}, which {folder} has no checkpoint of"
+            found += f": {reason}" if place.is_dir() else ""
+            yield draft.problem("checkpoint", "load_step", found, hint)
     elif latest_step(folder) is None:
         # A run that has a checkpoint of its own goes on from that.
-        yield from _check_start(draft)
+        yield from _check_branch(draft) if draft.get("checkpoint", "branch_from") else _check_start(draft)
+
+
+def check_branch(draft: Draft) -> Iterator[Problem]:
+    """A branch starts from one checkpoint, in full, of another run."""
+    path = draft.get("checkpoint", "branch_from")
+    if not path:
+        return
+    for key in ("initial_load_path", "initial_load_in_hf", "create_seed_checkpoint"):
+        if value := draft.get("checkpoint", key):
+            message = f"found {quote(path)} beside {key} = {quote(value)}, expected one of the two"
+            yield draft.problem("checkpoint", "branch_from", message)
+    own = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder")).absolute()
+    if "://" not in path and (own in branch_checkpoint(path).parents or own == branch_checkpoint(path)):
+        hint = "checkpoint.load_step goes back to an earlier step of the run itself"
+        found = f"found {quote(path)}, which is of this run's own folder, expected another run's"
+        yield draft.problem("checkpoint", "branch_from", found, hint)
+
+
+def branch_checkpoint(path: str) -> Path:
+    """Return the checkpoint that a path of ``checkpoint.branch_from`` means: ``RUN/step-N`` is short."""
+    place = Path(path).absolute()
+    inside = place.parent / "checkpoint" / place.name
+    return inside if inside.is_dir() and not place.is_dir() else place
+
+
+def _check_branch(draft: Draft) -> Iterator[Problem]:
+    path = draft.get("checkpoint", "branch_from")
+    if "://" in path:
+        return
+    place = branch_checkpoint(path)
+    if reason := incomplete(place) if place.is_dir() else "there is no such folder":
+        hint = ""
+        for inside in (place, place / "checkpoint", place.parent, place.parent / "checkpoint"):
+            if (latest := latest_step(inside)) is not None:
+                hint = f'did you mean "{inside / f"step-{latest}"}"?'
+                break
+        found = f"found {quote(path)}, which is no checkpoint to go on from: {reason}"
+        yield draft.problem("checkpoint", "branch_from", found, hint)
 
 
 def notes(draft: Draft) -> Iterator[str]:
     """Yield a line where first weights are named and a run goes on from a checkpoint of its own, as a restart does."""
     folder = Path(draft.get("job", "dump_folder"), draft.get("checkpoint", "folder"))
     latest = latest_step(folder) if draft.get("checkpoint", "enable") else None
-    for key in ("initial_load_path", "initial_load_in_hf"):
+    for key in ("branch_from", "initial_load_path", "initial_load_in_hf"):
         if latest is not None and draft.get("checkpoint", key):
             yield f"checkpoint.{key} is not read: the run goes on from its own {folder / f'step-{latest}'}"
 
@@ -94,4 +133,4 @@ def _check_start(draft: Draft) -> Iterator[Problem]:
 
 def latest_step(folder: Path) -> int | None:
     """Return the latest step of which a folder has a complete checkpoint; None where it has none."""
-    return max(complete_steps(folder, _LOADED), default=None)
+    return max(complete_steps(folder, MARKS), default=None)

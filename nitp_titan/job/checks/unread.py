@@ -157,9 +157,10 @@ def _checkpoint_gates() -> Iterator[Gate | Rule]:
     table = "checkpoint"
     yield Gate(table, tuple(key for key in _keys(table) if key != "enable"), "checkpoint.enable")
     saving = ("interval", "keep_latest_k", "last_save_model_only", "last_save_in_hf", "export_dtype", "async_mode")
-    saving += ("enable_first_step_checkpoint",)
+    saving += ("enable_first_step_checkpoint", "keep_every")
     yield Gate(table, saving, "checkpoint.load_only", lambda load_only: not load_only)
     yield Gate(table, ("export_dtype",), "checkpoint.last_save_model_only")
+    yield Gate(table, ("keep_every",), "checkpoint.keep_latest_k", bool)
     yield Rule(table, ("initial_load_model_only",), "checkpoint.initial_load_path", _no_initial_load)
 
 

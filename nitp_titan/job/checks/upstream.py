@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "validator.freq": (1, _INF),
     "checkpoint.interval": (1, _INF),
     "checkpoint.keep_latest_k": (0, _INF),
+    "checkpoint.keep_every": (0, _INF),
     "checkpoint.load_step": (-1, _INF),
     "parallelism.pipeline_parallel_microbatch_size": (1, _INF),
     "profiler.profile_freq": (1, _INF),

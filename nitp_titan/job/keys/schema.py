@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nitp_titan.checkpoints.keys import CheckpointKeys
 from nitp_titan.data.keys import DataloaderKeys
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.job.keys import tables
@@ -37,6 +38,9 @@ OUR_TABLES: dict[str, type] = {
     "validator.dataloader": DataloaderKeys,
 }
 """Table -> the dataclass that defines it."""
+
+_ADDED: dict[str, type] = {"checkpoint": CheckpointKeys}
+"""Table of upstream's -> the dataclass of keys that ours has beside upstream's."""
 
 # Tables whose keys are all optional: unset, something else decides ([model] flavor, torch).
 _OPTIONAL_TABLES = ("model.shape", "model.flex_kernel_options")
@@ -102,6 +106,8 @@ def all_tables() -> dict[str, dict[str, Key]]:
             name: Key(table, name, parse_type(key["type"]), key["default"], key["doc"], "upstream")
             for name, key in keys.items()
         }
+    for table, cls in _ADDED.items():
+        found[table] |= _keys_of(table, cls)
     for (table, name), (tp, doc) in _EXTENDED.items():
         found[table][name] = dataclasses.replace(found[table][name], type=tp, doc=doc)
     for table, cls in OUR_TABLES.items():

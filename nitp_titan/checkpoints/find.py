@@ -1,0 +1,96 @@
+"""Which checkpoint a run goes on from: the latest that is whole, and why each later one is not; on all ranks alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from torch import distributed as dist
+from torchtitan.tools.logging import logger
+
+from nitp_titan.checkpoints.fit import a_few, of_every_rank
+from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafeReader, damaged_items, too_short
+from nitp_titan.runs.manifest import Manifest, ManifestError
+from nitp_titan.runs.steps import MARKS, METADATA, incomplete, steps_in
+
+T = TypeVar("T")
+
+
+class NoWholeCheckpoint(ValueError):
+    """A run has checkpoints, and none of them can be trusted; the message has a line for each."""
+
+
+def latest_whole(folder: Path, *, checksums: bool) -> int | None:
+    """Return the step of the latest checkpoint that is whole; None where a run has none at all.
+
+    Each later one is named in the log with the reason why it is passed over.
+
+    Args:
+        folder: of the run's checkpoints.
+        checksums: whether files are read against their checksums, a part of them on each rank.
+
+    Raises:
+        NoWholeCheckpoint: there are checkpoints that were complete once, and none that is whole.
+    """
+    passed_over = []
+    for step in reversed(of_first_rank(steps_in(folder))):
+        place = folder / f"step-{step}"
+        reason = reason_against(place, checksums=checksums)
+        if not reason:
+            return step
+        logger.warning(f"{place} is passed over: {reason}")
+        # What was killed while TorchTitan saved it never was a checkpoint.
+        if of_first_rank(any((place / mark).exists() for mark in MARKS)):
+            passed_over.append(f"{place}: {reason}")
+    if passed_over:
+        raise NoWholeCheckpoint("\n".join(passed_over))
+    return None
+
+
+def reason_against(place: Path, *, checksums: bool) -> str:
+    """Return why a checkpoint cannot be trusted, found by all ranks together and the same on each; else empty."""
+    reason = of_first_rank(_reason_by_size(place))
+    if reason or not checksums:
+        return reason
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wrong = of_every_rank(_damage(place, rank, ranks))
+    return a_few([line for of_rank in wrong for line in of_rank])
+
+
+def of_first_rank(value: T) -> T:
+    """Return what the first rank has: what a folder holds may look otherwise elsewhere a moment later."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _reason_by_size(place: Path) -> str:
+    if not place.is_dir():
+        return "there is no such folder"
+    if reason := incomplete(place, MARKS):
+        return reason
+    if not (place / METADATA).is_file():
+        return ""  # in Hugging Face's format
+    try:
+        metadata = SafeReader(place).read_metadata()
+    except CheckpointUnreadable as error:
+        return str(error)
+    return a_few(too_short(place, metadata))
+
+
+def _damage(place: Path, rank: int, ranks: int) -> list[str]:
+    """Return what is damaged in this rank's part of the files."""
+    try:
+        manifest = Manifest.read(place)
+    except ManifestError as error:
+        return [str(error)]
+    if manifest is not None:
+        return manifest.wrong_checksums(place, list(manifest.files)[rank::ranks])
+    if not (place / METADATA).is_file():
+        return []
+    try:
+        return damaged_items(place, SafeReader(place).read_metadata(), lambda number: number % ranks == rank)
+    except CheckpointUnreadable as error:
+        return [str(error)]

@@ -1,0 +1,103 @@
+"""Whether a checkpoint is of this run, before any of it is read; and what of it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
+from torchtitan.tools.logging import logger
+
+from nitp_titan.checkpoints.fit import Misfit, of_every_rank
+from nitp_titan.data.loader import ADDED_LATER
+from nitp_titan.job.errors import JobError, Problem
+from nitp_titan.nitp.config import PROJECTOR_PREFIX
+
+
+def refusal(checkpoint: Any, message: str) -> JobError:
+    """Return the error that refuses a checkpoint."""
+    return JobError([Problem(str(checkpoint), "", message)])
+
+
+def check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: str) -> None:
+    """Refuse a training checkpoint of another model.
+
+    Raises:
+        JobError: the message names some of the tensors.
+    """
+    wanted = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    misfit = Misfit.of(stored, wanted).of_all_ranks()
+    has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in stored)
+    # Under pipeline parallelism the last stage alone has a projector.
+    wants_projector = any(of_every_rank(any(name.startswith(PROJECTOR_PREFIX) for name in wanted)))
+    if has_projector != wants_projector:
+        known = {name for name in misfit.missing + misfit.extra if name.startswith(PROJECTOR_PREFIX)}
+        misfit = misfit.without(known)
+    wrong = misfit.sentences()
+    if OPTIMIZER in state_dict and not any(name.startswith(f"{OPTIMIZER}.") for name in stored):
+        wrong.append(
+            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
+            "not go on"
+        )
+    wrong += _other_data(state_dict.get(DATALOADER), stored)
+    if wrong:
+        raise refusal(checkpoint_id, "; it ".join(wrong))
+    if wants_projector and not has_projector:
+        logger.warning(f"{checkpoint_id} has no projector: NITP starts with its initial one")
+    if has_projector and not wants_projector:
+        logger.warning(f"{checkpoint_id} has NITP's projector, which this run does not train: it is left out")
+
+
+def _other_data(loader: Any, stored: dict[str, Any]) -> list[str]:
+    """Return a line where the checkpoint's data were drawn otherwise than a loader's, so that it could not be read.
+
+    What can be read the loader compares itself.
+    """
+    state = loader.state_dict() if isinstance(loader, Stateful) else {}
+    then, now = stored.get(f"{DATALOADER}.num_streams"), state.get("num_streams")
+    if then is None or now is None:
+        return []
+    afresh = 'or checkpoint.exclude_from_loading = ["dataloader"] to start the data afresh'
+    if tuple(then.size) != tuple(now.shape):
+        numbers = f"{then.size[0]} streams of data, the job draws from {now.shape[0]}"
+        usual = then.size[0] > 1
+        restore = f"set dataloader.num_streams = {then.size[0]}" if usual else "set dataloader.infinite = false"
+        return [f"has {numbers}: {restore}, {afresh}"]
+    lacking = _lacking(state, stored).difference(ADDED_LATER)
+    if lacking:
+        names = ", ".join(sorted(lacking))
+        return [f"has data of another kind, without {names}: restore dataloader.dataset and streaming, {afresh}"]
+    return []
+
+
+def _lacking(loader_state: dict[str, Any], stored: dict[str, Any]) -> set[str]:
+    return {name for name in loader_state if name != "streams" and f"{DATALOADER}.{name}" not in stored}
+
+
+class _Part(Stateful):
+    """A part of another's state: what is left out is neither asked of the checkpoint nor set."""
+
+    def __init__(self, whole: Stateful, left_out: set[str]):
+        self._whole, self._left_out = whole, left_out
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in self._whole.state_dict().items() if key not in self._left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._whole.load_state_dict(state_dict)
+
+
+def without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the state without what may be missing: a projector, optimizer state of one, later parts of a loader's."""
+    weights = {key for key in state_dict if key.startswith(PROJECTOR_PREFIX) and key not in stored}
+    kept = {key: value for key, value in state_dict.items() if key not in weights}
+    if OPTIMIZER in kept:
+        # TorchTitan's names: "state.FQN.exp_avg", "param_groups.FQN.lr".
+        ours = {key for key in kept[OPTIMIZER].state_dict() if f".{PROJECTOR_PREFIX}" in key}
+        missing = {key for key in ours if f"{OPTIMIZER}.{key}" not in stored}
+        if missing:
+            kept[OPTIMIZER] = _Part(kept[OPTIMIZER], missing)
+    if isinstance(loader := kept.get(DATALOADER), Stateful) and (missing := _lacking(loader.state_dict(), stored)):
+        kept[DATALOADER] = _Part(loader, missing)
+    return kept
