@@ -104,6 +104,7 @@ class NITPTrainer(Trainer):
         batches = self._batches_of_step(data_iterator)
         if not self.steps_run:
             self._take_scheduled_rates()
+            self.metrics_processor.go_on_from(self.step - 1)
         self.steps_run += 1
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)
