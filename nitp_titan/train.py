@@ -78,18 +78,15 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
     from torchtitan.observability import structured_logger
     from torchtitan.tools.logging import init_logger, logger
 
-    from nitp_titan.job.write import write_resolved
+    from nitp_titan.job.earlier import RESOLVED, write_beside_earlier
 
     init_logger()
     for note in job.notes:
         logger.info(note)
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
-    resolved = run_folder / "config.toml"
-    # A run that goes on from its own resolved file keeps it: it says where each value came from.
-    if is_first and Path(job.file).absolute() != resolved.absolute():
-        run_folder.mkdir(parents=True, exist_ok=True)
-        write_resolved(job, resolved)
+    if is_first:
+        write_beside_earlier(job, run_folder / RESOLVED)
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
     )
