@@ -78,14 +78,16 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
     from torchtitan.observability import structured_logger
     from torchtitan.tools.logging import init_logger, logger
 
-    from nitp_titan.job.earlier import RESOLVED, write_beside_earlier
+    from nitp_titan.job.earlier import RESOLVED, changes_since, write_beside_earlier
 
     init_logger()
     for note in job.notes:
         logger.info(note)
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
+    changes: list[str] = []
     if is_first:
+        changes = changes_since(run_folder / RESOLVED, job)
         write_beside_earlier(job, run_folder / RESOLVED)
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
@@ -100,6 +102,7 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
+            trainer.changes = changes
             trainer.train()
             if not trainer.steps_run and not trainer.out_of_data:
                 logger.warning(
