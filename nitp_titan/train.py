@@ -79,19 +79,18 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
     from torchtitan.tools.logging import init_logger, logger
 
     from nitp_titan.checkpoints.manager import CheckpointManager
+    from nitp_titan.job.earlier import RESOLVED, changes_since, write_beside_earlier
     from nitp_titan.job.fingerprint import fingerprint
-    from nitp_titan.job.write import write_resolved
 
     init_logger()
     for note in job.notes:
         logger.info(note)
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
-    resolved = run_folder / "config.toml"
-    # A run that goes on from its own resolved file keeps it: it says where each value came from.
-    if is_first and Path(job.file).absolute() != resolved.absolute():
-        run_folder.mkdir(parents=True, exist_ok=True)
-        write_resolved(job, resolved)
+    changes: list[str] = []
+    if is_first:
+        changes = changes_since(run_folder / RESOLVED, job)
+        write_beside_earlier(job, run_folder / RESOLVED)
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
     )
@@ -107,6 +106,7 @@ def train(config: NITPTrainer.Config, job: Job) -> None:
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
+            trainer.changes = changes
             trainer.train()
             if not trainer.steps_run and not trainer.out_of_data:
                 logger.warning(

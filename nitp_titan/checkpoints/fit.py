@@ -14,9 +14,11 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer.base import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 
+from nitp_titan.checkpoints.random_state import RANDOM_STATE
+
 T = TypeVar("T")
 
-TRAINER_STATES = (DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE)
+TRAINER_STATES = (DATALOADER, LR_SCHEDULER, OPTIMIZER, RANDOM_STATE, TRAIN_STATE)
 """What a training checkpoint holds besides the model: the first part of its names."""
 
 

@@ -60,6 +60,9 @@ class CheckpointManager(Upstream):
     after_save: Callable[[], None] | None = None
     """Called after each checkpoint that was saved, or whose saving goes on in the background."""
 
+    after_load: Callable[[], None] | None = None
+    """Called after a checkpoint was loaded, into everything that is to have it."""
+
     fingerprint: Fingerprint = {}
     """What this run is: is saved with each checkpoint, and compared with that of one that the run goes on from."""
 
@@ -77,6 +80,13 @@ class CheckpointManager(Upstream):
     def _local(self) -> Path | None:
         """The folder of the run's checkpoints; None for a remote one."""
         return None if filesystem.is_remote(self.folder) else Path(self.folder)
+
+    def load(self, step: int = -1) -> bool:
+        """Load a checkpoint where there is one, as TorchTitan does; return whether there was one."""
+        loaded = super().load(step)
+        if loaded and self.after_load is not None:
+            self.after_load()
+        return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """Save a checkpoint where one is due, as TorchTitan does; return whether there was one."""
@@ -216,8 +226,11 @@ class CheckpointManager(Upstream):
         allowed = {*self._keys.allow_changes, *(("data",) if DATALOADER not in state_dict else ())}
         if sentences := refusals(found, allowed):
             raise refusal(folder, "; it ".join(sentences))
+        # What differs from the job of this run's earlier start is said with all else that is resumed.
+        own = folder.parent == self._local
         for one in found:
-            logger.warning(f"Goes on from {folder.name} with another {one.group}: {one}")
+            if not own or one.group in ("layout", "versions"):
+                logger.warning(f"Goes on from {folder.name} with other {one.group}: {one}")
         if DATALOADER in state_dict and any(one.group == "data" for one in found):
             logger.warning("The data start afresh, since they are other data")
             return {key: value for key, value in state_dict.items() if key != DATALOADER}

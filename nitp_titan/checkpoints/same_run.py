@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
+from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER, TRAIN_STATE
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoints.fit import Misfit, of_every_rank
+from nitp_titan.checkpoints.random_state import RANDOM_STATE
+from nitp_titan.checkpoints.tokens_seen import TOKENS_SEEN
 from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
@@ -89,7 +92,10 @@ class _Part(Stateful):
 
 
 def without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the state without what may be missing: a projector, optimizer state of one, later parts of a loader's."""
+    """Return the state without what may be missing: a projector, optimizer state of one, and what is saved since later.
+
+    That are parts of the loader's state and of the trainer's, and random states, which are also each rank's own.
+    """
     weights = {key for key in state_dict if key.startswith(PROJECTOR_PREFIX) and key not in stored}
     kept = {key: value for key, value in state_dict.items() if key not in weights}
     if OPTIMIZER in kept:
@@ -100,4 +106,16 @@ def without_what_the_checkpoint_lacks(state_dict: dict[str, Any], stored: dict[s
             kept[OPTIMIZER] = _Part(kept[OPTIMIZER], missing)
     if isinstance(loader := kept.get(DATALOADER), Stateful) and (missing := _lacking(loader.state_dict(), stored)):
         kept[DATALOADER] = _Part(loader, missing)
+    if isinstance(trainer := kept.get(TRAIN_STATE), Stateful) and f"{TRAIN_STATE}.{TOKENS_SEEN}" not in stored:
+        kept[TRAIN_STATE] = _Part(trainer, {TOKENS_SEEN})
+    if isinstance(random_state := kept.get(RANDOM_STATE), Stateful):
+        wanted = random_state.state_dict()
+        # Of another size are those of another generator.
+        unfit = {key for key in wanted if not _is_like(wanted[key], stored.get(f"{RANDOM_STATE}.{key}"))}
+        kept[RANDOM_STATE] = _Part(random_state, unfit)
     return kept
+
+
+def _is_like(tensor: torch.Tensor, entry: Any) -> bool:
+    same_size = isinstance(entry, TensorStorageMetadata) and entry.size == tensor.shape
+    return same_size and entry.properties.dtype == tensor.dtype

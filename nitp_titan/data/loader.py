@@ -11,11 +11,11 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.data.bad_text import ON_BAD_TEXT
-from nitp_titan.data.corpus import ShardedCorpus, open_corpus
+from nitp_titan.data.corpus import DocumentCorpus, ShardedCorpus, open_corpus
 from nitp_titan.data.errors import DataError
 from nitp_titan.data.keys import DataloaderKeys
 from nitp_titan.data.prefetch import Prefetcher
-from nitp_titan.data.streams import Batch, Cursor, RankSequences, make_source
+from nitp_titan.data.streams import Batch, Cursor, RankSequences, Source, make_source
 
 Item = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -151,6 +151,15 @@ class TextDataLoader(BaseDataLoader):
         self._exhausted = False
         self._make_current(None)
 
+    def position(self) -> str:
+        """Return in words where the next batches come from, as this rank's streams tell, which go on side by side."""
+        units = self._source().units
+        (first, place), (last, end) = (divmod(choice(self._cursors.values())[0], units) for choice in (min, max))
+        where = f"{'document' if isinstance(self._corpus, DocumentCorpus) else 'shard'} {place + 1:,}"
+        if (first, place) != (last, end):
+            where += f" to {end + 1:,}" + f" of epoch {last + 1}" * (last > first)
+        return f"{self._sequences:,} sequences drawn, epoch {first + 1}, {where} of {units:,}"
+
     def _make_current(self, iterator: "_BatchIterator | None") -> None:
         """Let `iterator` alone draw batches; any other forgets what it prepared."""
         previous = self._current() if self._current else None
@@ -160,15 +169,17 @@ class TextDataLoader(BaseDataLoader):
 
     def _batches(self) -> Iterator[tuple[Batch, Item]]:
         """Batches from the current position on, independent of this object."""
-        source = make_source(
+        batches = self._sequences_of_rank(self._source(), cursors=dict(self._cursors), sequences=self._sequences)
+        return ((batch, _to_tensors(batch)) for batch in batches)
+
+    def _source(self) -> Source:
+        return make_source(
             self._corpus,
             seed=self.config.seed,
             num_streams=self._num_streams,
             shuffle_buffer=self.config.shuffle_buffer,
             infinite=self.config.infinite,
         )
-        batches = self._sequences_of_rank(source, cursors=dict(self._cursors), sequences=self._sequences)
-        return ((batch, _to_tensors(batch)) for batch in batches)
 
 
 class _BatchIterator:

@@ -62,6 +62,9 @@ class UnitOrder:
 class Source(Protocol):
     """Documents of one stream from a place on."""
 
+    units: int
+    """How many there are in an epoch."""
+
     def read(self, q: int, index: int) -> Iterator[tuple[int, int, str]]:
         """(q, index, text) of the document at (q, index) and all after it."""
         ...
@@ -75,6 +78,7 @@ class DocumentSource:
     """A map-style corpus. `stride` is the number of streams."""
 
     def __init__(self, documents: Documents, seed: int, stride: int):
+        self.units = len(documents)
         self._documents = documents
         self._order = UnitOrder(len(documents), seed)
         self._stride = stride
@@ -96,6 +100,7 @@ class ShardSource:
     """
 
     def __init__(self, corpus: ShardedCorpus, seed: int, stride: int, shuffle_buffer: int):
+        self.units = corpus.size
         self._corpus = corpus
         self._order = UnitOrder(corpus.size, seed)
         self._seed = seed
@@ -127,6 +132,7 @@ class OnePassSource:
     """Every document of a corpus once, in the corpus's own order."""
 
     def __init__(self, corpus: Corpus):
+        self.units = corpus.size
         self._corpus = corpus
 
     def read(self, q: int, index: int) -> Iterator[tuple[int, int, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto import event_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from nitp_titan.runs.tags import METRICS_FILE
@@ -22,7 +23,8 @@ def read_scalars(run_dir: Path) -> Scalars:
     """Every scalar that a run folder holds.
 
     Several event files, or several starts in one ``metrics.jsonl``, are those of a resumed run: for each tag a later
-    start replaces all that an earlier one wrote from the later one's first step on, as TensorBoard shows it.
+    start replaces all that an earlier one wrote from the later one's first step on, as TensorBoard shows it; where the
+    events say with which step it began, those of all tags.
 
     Raises:
         ValueError: no such folder, or a folder with neither events nor ``metrics.jsonl``.
@@ -43,24 +45,31 @@ def read_scalars(run_dir: Path) -> Scalars:
     return scalars
 
 
-def _add_point(points: list[tuple[int, float]], step: int, value: float) -> None:
-    """Append, after a rewind to ``step`` where the points have already reached it."""
+def _rewind(points: list[tuple[int, float]], step: int) -> None:
     while points and points[-1][0] >= step:
         points.pop()
+
+
+def _add_point(points: list[tuple[int, float]], step: int, value: float) -> None:
+    """Append, after a rewind to ``step`` where the points have already reached it."""
+    _rewind(points, step)
     points.append((step, value))
 
 
 def _read_events(paths: Sequence[Path]) -> Scalars:
     # By the time of a file's first event: the names tell whole seconds only.
-    starts: list[tuple[float, list[tuple[str, int, float]]]] = []
+    starts: list[tuple[float, list[tuple[str | None, int, float]]]] = []
     for path in paths:
         started: float | None = None
-        points: list[tuple[str, int, float]] = []
+        # Without a tag: the first step of a start, from which on nothing earlier counts.
+        points: list[tuple[str | None, int, float]] = []
         # The loader ends quietly at a record that is cut off. The "legacy" one is three times as fast, since it leaves
         # the conversion of old formats to us: a scalar is a plain number or a tensor with a single element.
         for event in LegacyEventFileLoader(str(path)).Load():
             if started is None:
                 started = event.wall_time
+            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+                points.append((None, event.step, 0.0))
             for entry in event.summary.value:
                 kind = entry.WhichOneof("value")
                 if kind == "simple_value":
@@ -74,8 +83,12 @@ def _read_events(paths: Sequence[Path]) -> Scalars:
     scalars: Scalars = {}
     for _, points in sorted(starts, key=lambda start: start[0]):
         for tag, step, value in points:
-            _add_point(scalars.setdefault(tag, []), step, value)
-    return scalars
+            if tag is not None:
+                _add_point(scalars.setdefault(tag, []), step, value)
+                continue
+            for earlier in scalars.values():
+                _rewind(earlier, step)
+    return {tag: points for tag, points in scalars.items() if points}
 
 
 def _read_metrics(path: Path) -> Scalars:

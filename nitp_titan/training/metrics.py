@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from torchtitan.components import metrics as upstream
 from torchtitan.tools.logging import logger
 
+from nitp_titan.runs.metric_lines import keep_until
 from nitp_titan.runs.tags import (
     EFFECTIVE_RANK,
     MAX_LOAD,
@@ -26,6 +30,7 @@ from nitp_titan.runs.tags import (
     VALIDATION_NTP,
     VALIDATION_TOTAL,
 )
+from nitp_titan.training.event_files import TensorBoardLogger, folder_of_events
 
 _ON_CONSOLE = {
     NTP: "ntp: {:8.5f}",
@@ -42,40 +47,35 @@ _ON_CONSOLE = {
 class JsonlLogger(upstream.BaseLogger):
     """Writes one object a logging step: ``step`` and the TensorBoard tags. Non-finite values are null.
 
-    What is logged later of the same step, a validation say, joins its line. A resumed run replaces what an earlier
-    one wrote of its first step and after.
+    What is logged later of the same step, a validation say, joins its line.
     """
 
     def __init__(self, path: str):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        # Appending, since a resumed run goes on in its folder; unbuffered, so that a killed one leaves whole lines.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file = self._open(path)
         self._last: dict[str, Any] = {}
         self._last_starts = 0
+
+    @staticmethod
+    def _open(path: str) -> FileIO:
+        # Appending, since a resumed run goes on in its folder; unbuffered, so that a killed one leaves whole lines.
+        return open(path, "ab", buffering=0)
+
+    def go_on_from(self, step: int) -> None:
+        """Drop what earlier starts of the run logged of later steps than this one, and half a line of a killed one."""
+        path = str(self._file.name)
+        self._file.close()
+        keep_until(Path(path), step)
+        self._file = self._open(path)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         values = {tag: float(value) for tag, value in metrics.items()}
         values = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         if self._last.get("step") != step:
-            self._last_starts = self._end_before(step) if not self._last else os.fstat(self._file.fileno()).st_size
-            self._last = {"step": step}
+            self._last, self._last_starts = {"step": step}, os.fstat(self._file.fileno()).st_size
         self._file.truncate(self._last_starts)
         self._last |= values
         self._file.write((json.dumps(self._last) + "\n").encode())
-
-    def _end_before(self, step: int) -> int:
-        """Return where the lines of earlier steps end; a line that a killed run left half written ends them too."""
-        end = 0
-        with open(self._file.name, "rb") as lines:
-            for line in lines:
-                try:
-                    earlier = json.loads(line)["step"] < step
-                except (ValueError, KeyError, TypeError):
-                    earlier = False
-                if not earlier:
-                    break
-                end += len(line)
-        return end
 
     def close(self) -> None:
         self._file.close()
@@ -92,19 +92,36 @@ class MetricsProcessor(upstream.MetricsProcessor):
         pass
 
     def __init__(self, config: Config, **kwargs: Any):
+        self._run_loggers: list[JsonlLogger | TensorBoardLogger] = []
         super().__init__(config, **kwargs)
         self.sources: list[Callable[[], dict[str, float]]] = []
         self.validation_sources: list[Callable[[float], dict[str, float]]] = []
 
     def _build_metric_logger(self, **kwargs: Any) -> upstream.BaseLogger:
-        loggers = super()._build_metric_logger(**kwargs)
-        rank = upstream._get_metrics_rank(parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"])
-        if torch.distributed.get_rank() != rank:
-            return loggers
+        config, run_folder = kwargs["config"], Path(kwargs["dump_folder"])
+        # Its own TensorBoard logger begins another folder at each start.
+        others = dataclasses.replace(config, enable_tensorboard=False)
+        loggers = super()._build_metric_logger(**kwargs | {"config": others})
         if not isinstance(loggers, upstream.LoggerContainer):
             loggers = upstream.LoggerContainer()
-        loggers.add_logger(JsonlLogger(os.path.join(kwargs["dump_folder"], METRICS_FILE)))
+        rank = torch.distributed.get_rank()
+        speaks = rank == upstream._get_metrics_rank(
+            parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"]
+        )
+        if config.enable_tensorboard and (speaks or config.save_for_all_ranks):
+            events = folder_of_events(run_folder / config.save_tb_folder)
+            events = events / f"rank_{rank}" if config.save_for_all_ranks else events
+            self._run_loggers.append(TensorBoardLogger(events, kwargs.get("tag")))
+        if speaks:
+            self._run_loggers.append(JsonlLogger(str(run_folder / METRICS_FILE)))
+        for logger_of_run in self._run_loggers:
+            loggers.add_logger(logger_of_run)
         return loggers
+
+    def go_on_from(self, step: int) -> None:
+        """Let what was logged of later steps than this one, before the run was resumed, be none of its curves."""
+        for logger_of_run in self._run_loggers:
+            logger_of_run.go_on_from(step)
 
     def log(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoints.manager import CheckpointManager
+from nitp_titan.checkpoints.random_state import RANDOM_STATE, RandomState, layout_of
+from nitp_titan.checkpoints.tokens_seen import TOKENS_SEEN, TokensSeen
 from nitp_titan.data.errors import DataError
 from nitp_titan.float8.config import Float8Config
 from nitp_titan.float8.converter import Float8Converter
@@ -31,7 +33,7 @@ from nitp_titan.runs.tags import NITP, NTP
 from nitp_titan.titan.context import loss_inputs
 from nitp_titan.titan.rehearsal import isolate_rehearsal
 from nitp_titan.titan.spec import nitp_model_spec
-from nitp_titan.training import hooks
+from nitp_titan.training import hooks, resumption
 from nitp_titan.training.copies import CopiesWithoutWaiting
 from nitp_titan.training.hooks import Hook
 from nitp_titan.training.joint_loss import JointLoss
@@ -49,6 +51,7 @@ class NITPTrainer(Trainer):
     With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``hooks`` are told of the run's moments; one is
     added before the first step. ``steps_run`` counts this process's steps;
     ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step.
+    ``changes``, set before training, are the settings that differ from those of the run's earlier start, in words.
 
     Raises:
         ValueError: the configuration asks for what does not go with NITP; the message says what.
@@ -73,6 +76,9 @@ class NITPTrainer(Trainer):
         self.steps_run = 0
         self._copies = CopiesWithoutWaiting()
         self.out_of_data = False
+        self.changes: Sequence[str] = ()
+        self.tokens_remark = ""
+        self._tokens_seen = TokensSeen(self.parallel_dims)
         _check_vocabulary(self.tokenizer, self.model_config)
         assert isinstance(self.metrics_processor, MetricsProcessor)
         log = self.metrics_processor.log_values
@@ -82,6 +88,10 @@ class NITPTrainer(Trainer):
         self.optimizers.register_step_pre_hook(lambda *args, **kwargs: self._tell("before_optimizer"))
         if isinstance(self.checkpointer, CheckpointManager):
             self.checkpointer.after_save = lambda: self._tell("saved")
+            self.checkpointer.after_load = self._say_what_is_resumed
+            if self.checkpointer.enable:
+                layout = layout_of(self.parallel_dims, self.device)
+                self.checkpointer.states[RANDOM_STATE] = RandomState(layout, self.device)
         self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
         if self.parallel_dims.pp_enabled:
             isolate_rehearsal(self.pp_schedule, self._rehearsing)
@@ -104,6 +114,7 @@ class NITPTrainer(Trainer):
         batches = self._batches_of_step(data_iterator)
         if not self.steps_run:
             self._take_scheduled_rates()
+            self.metrics_processor.go_on_from(self.step - 1)
         self.steps_run += 1
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)
@@ -111,6 +122,30 @@ class NITPTrainer(Trainer):
         with self._copies:
             super().train_step(iter(batches))
         self._tell("end_step")
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that all ranks together have trained on, over all starts of the run."""
+        return self._tokens_seen.of_all(self.ntokens_seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As TorchTitan's, whose count of tokens is one rank's, and the count of all ranks."""
+        return {**super().state_dict(), TOKENS_SEEN: self.tokens_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state of any number of ranks; TorchTitan's own, and an older one, has one rank's count."""
+        super().load_state_dict(state_dict)
+        if TOKENS_SEEN in state_dict:
+            self.ntokens_seen = self._tokens_seen.share(state_dict[TOKENS_SEEN])
+            return
+        # The loader is restored before this: torch's distributed checkpoints load in the order of the names.
+        sequences = int(self.dataloader.state_dict().get("sequences", 0))
+        drawn = sequences * self.config.training.seq_len
+        self.ntokens_seen, self.tokens_remark = self._tokens_seen.share_of_one(self.ntokens_seen, drawn)
+
+    def _say_what_is_resumed(self) -> None:
+        if self.step and torch.distributed.get_rank() == 0:
+            logger.info(resumption.block(self, self.changes))
 
     def close(self) -> None:
         """End the run, as TorchTitan does."""

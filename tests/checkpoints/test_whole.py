@@ -205,19 +205,19 @@ def test_what_an_interrupted_save_leaves_is_cleaned_up(parts, corpus, caplog):
 
 
 def test_a_fingerprint_is_saved_and_compared(tmp_path, corpus, caplog):
-    first = {"model": {"a": 1}, "data": {"b": 1}, "nitp": {"nitp.weight": 1.0}}
+    first = {"model": {"a": 1}, "data": {"b": 1}, "versions": {"torch": "2.11"}}
     run(tmp_path / "run", corpus, steps=2, fingerprint=first)
     manifest = Manifest.read(tmp_path / "run" / "checkpoint" / "step-2")
     assert manifest is not None
     assert manifest.fingerprint == first
-    second = {"model": {"a": 2}, "data": {"b": 2}, "nitp": {"nitp.weight": 0.5}}
+    second = {"model": {"a": 2}, "data": {"b": 2}, "versions": {"torch": "2.13"}}
     with pytest.raises(JobError) as caught:
         run(tmp_path / "run", corpus, steps=4, fingerprint=second, allow_changes=["data"])
     assert str(caught.value).endswith(
         'step-2: is of another model: a (was 1, is 2); restore it, or set checkpoint.allow_changes = ["model"]'
     )
     run(tmp_path / "run", corpus, steps=4, fingerprint=second, allow_changes=["data", "model"])
-    assert "Goes on from step-2 with another nitp: nitp.weight (was 1.0, is 0.5)" in caplog.text
+    assert 'Goes on from step-2 with other versions: torch (was "2.11", is "2.13")' in caplog.text
     assert "The data start afresh, since they are other data" in caplog.text
     # Another run's weights alone are nobody's history.
     weights = {"initial_load_path": str(tmp_path / "run" / "checkpoint" / "step-2")}

@@ -108,8 +108,8 @@ def problems(tmp_path, *overrides: str, text: str = "", ranks: int = 1, for_trai
         (["--profiler.profiler_repeat", "-1"], "--profiler.profiler_repeat: found -1, expected at least 0"),
         (["--comm.trace_buf_size", "-1"], "--comm.trace_buf_size: found -1, expected at least 0"),
         (["--checkpoint.enable", "--checkpoint.exclude_from_loading=optimiser"], '--checkpoint.exclude_from_loading: '
-         'found "optimiser", expected some of optimizer, lr_scheduler, dataloader, train_state; did you mean '
-         '"optimizer"?'),
+         'found "optimiser", expected some of optimizer, lr_scheduler, dataloader, random_state, train_state; '
+         'did you mean "optimizer"?'),
         (["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.create_seed_checkpoint"],
          "--checkpoint.create_seed_checkpoint: found true with load_only = true, which saves none"),
         (["--model.hf_assets_path", "a" * 5000, "--tokenizer.name=huggingface"], "aaa...\": File name too long"),

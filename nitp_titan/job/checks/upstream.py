@@ -199,7 +199,7 @@ def check_cuda_graphs(draft: Draft) -> Iterator[Problem]:
             )
 
 
-_EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+_EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random_state", "train_state")
 """What a checkpoint holds beside the model."""
 
 
