@@ -39,11 +39,16 @@ class CheckpointManager(Upstream):
     class Config(Upstream.Config):
         pass
 
+    before_save: Callable[[], None] | None = None
+    """Called before each checkpoint is begun. An exception leaves it out."""
+
     after_save: Callable[[], None] | None = None
     """Called after each checkpoint that was saved, or whose saving goes on in the background."""
 
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """Save a checkpoint where one is due, as TorchTitan does; return whether there was one."""
+        if self.before_save is not None and self._should_save(curr_step, last_step):
+            self.before_save()
         saved = super().save(curr_step, last_step)
         if saved and self.after_save is not None:
             self.after_save()
@@ -61,6 +66,8 @@ class CheckpointManager(Upstream):
         self.maybe_wait_for_saving()
         checkpoint_id = self._create_checkpoint_id(step)
         if not is_complete(Path(checkpoint_id)):
+            if self.before_save is not None:
+                self.before_save()
             states = self._flattened_model_states_sd()
             self.dcp_save(states, checkpoint_id=checkpoint_id, async_mode=AsyncMode.DISABLED)
             if self.after_save is not None:
