@@ -121,8 +121,9 @@ class StepGuard(Hook):
 
     @torch.no_grad()
     def _decide(self, norm: Tensor, parts_are_finite: list[Tensor]) -> None:
+        # A model part without parameters of a kind, experts say, has a norm of 0 on the CPU.
+        parts = [self._here(finite) for finite in parts_are_finite if finite.device == norm.device]
         norm = self._here(norm)
-        parts = [self._here(finite) for finite in parts_are_finite]
         found = {
             NORM_SPIKE: self._never if self._norm_window is None else self._norm_window.take(norm),
             LOSS_SPIKE: self._never,
@@ -141,9 +142,8 @@ class StepGuard(Hook):
         self._hold.where(self._decisions.skip)
 
     def _here(self, x: Tensor) -> Tensor:
-        # Parameters that are offloaded have their gradients on the CPU, and so has a model part without experts a norm
-        # of 0 for those of experts.
-        return x.to(self._device, non_blocking=True)
+        # Parameters that are offloaded to the CPU have their gradients there.
+        return x if x.device == self._device else x.to(self._device)
 
     def look(self) -> Seen:
         """Return what has been decided, for which the host waits.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.utils import init_optim_state
 from torchtitan.tools.logging import logger
@@ -27,8 +27,9 @@ class OptimizerHold:
         self._asked: list[Optimizer] = []
         for optimizer in optimizers:
             on_device = all(p.device.type == device.type for group in optimizer.param_groups for p in group["params"])
-            # What torch.amp.GradScaler asks for.
-            reads = getattr(optimizer, "_step_supports_amp_scaling", False) and on_device
+            # Not torch's own mark of these, which an optimizer whose groups alone say "fused" does not have.
+            fused = isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in optimizer.param_groups)
+            reads = fused and on_device
             (self._reading if reads else self._asked).append(optimizer)
         for optimizer in self._asked:
             self._let_host_hold(optimizer)
