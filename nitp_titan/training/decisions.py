@@ -15,7 +15,7 @@ NORM_SPIKE, LOSS_SPIKE, NORM, GRADIENT, LOSS = range(1, 6)
 WORDS = {
     NORM_SPIKE: "its gradient's norm is more than {norm_sigma} standard deviations above the last {window} steps' mean",
     LOSS_SPIKE: "its loss is more than {loss_sigma} standard deviations above the last {window} steps' mean",
-    NORM: "its gradient's norm is not finite, though each rank's part of it is",
+    NORM: "its gradient's norm is not finite",
     GRADIENT: "its gradient is not finite, first on rank {rank}",
     LOSS: "its loss is not finite, first on rank {rank}",
 }

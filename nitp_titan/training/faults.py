@@ -121,9 +121,7 @@ class StepGuard(Hook):
 
     @torch.no_grad()
     def _decide(self, norm: Tensor, parts_are_finite: list[Tensor]) -> None:
-        # A model part without parameters of a kind, experts say, has a norm of 0 on the CPU.
-        parts = [self._here(finite) for finite in parts_are_finite if finite.device == norm.device]
-        norm = self._here(norm)
+        norm, parts = self._here(norm), [self._here(finite) for finite in parts_are_finite]
         found = {
             NORM_SPIKE: self._never if self._norm_window is None else self._norm_window.take(norm),
             LOSS_SPIKE: self._never,

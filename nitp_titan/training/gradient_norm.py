@@ -23,23 +23,27 @@ def told_of_norm(told: Told) -> Iterator[None]:
     There is no other place to hear of it before the optimizer's step: TorchTitan keeps the norm in a local variable,
     and to take it again would read all gradients again.
     """
-    clip, total = dist_utils.clip_grad_norm_, torch.nn.utils.get_total_norm
+    clip, norms_of = dist_utils.clip_grad_norm_, torch._foreach_norm
     parts: list[Tensor] = []
 
-    def get_total_norm(*args: Any, **kwargs: Any) -> Tensor:
-        norm = total(*args, **kwargs)
-        # At once: under a pipeline the norm becomes all stages' in place.
-        parts.append(local(norm).isfinite())
-        return norm
+    def foreach_norm(*args: Any, **kwargs: Any) -> Any:
+        # The total of them that torch returns is already the same on all ranks.
+        norms = norms_of(*args, **kwargs)
+        parts.append(torch.stack([local(norm) for norm in norms]).isfinite().all())
+        return norms
 
     def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
         parts.clear()
-        norm = clip(*args, **kwargs)
+        torch._foreach_norm = foreach_norm
+        try:
+            norm = clip(*args, **kwargs)
+        finally:
+            torch._foreach_norm = norms_of
         told(norm, parts)
         return norm
 
-    dist_utils.clip_grad_norm_, torch.nn.utils.get_total_norm = clip_grad_norm_, get_total_norm
+    dist_utils.clip_grad_norm_ = clip_grad_norm_
     try:
         yield
     finally:
-        dist_utils.clip_grad_norm_, torch.nn.utils.get_total_norm = clip, total
+        dist_utils.clip_grad_norm_ = clip
