@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nitp_titan.data.errors import DataError
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.reading.command_line import split_config_file
+from nitp_titan.training.errors import NotFinite
 
 if TYPE_CHECKING:
     from nitp_titan.training.trainer import NITPTrainer
@@ -23,7 +24,7 @@ USAGE = "usage: python -m nitp_titan.train --job.config_file FILE [--table.key v
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train a job; return the exit code: 0, or 2 for a bad job file, command line or corpus."""
+    """Train a job; return the exit code: 0, 2 for a bad job file, command line or corpus, 3 for bad numbers."""
     config_file, overrides = split_config_file(sys.argv[1:] if arguments is None else arguments)
     if config_file is None:
         return _refuse(USAGE)
@@ -34,10 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         train(config, job)
     except (JobError, DataError) as error:
         return _refuse(str(error))
+    except NotFinite as error:
+        return _refuse(str(error), code=3)
     return 0
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = 2) -> int:
     """Say what is wrong, once for all ranks, and return the exit code."""
     if handed := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # TorchTitan hands torchrun the traceback of whatever it raises, which would be printed at the end.
@@ -47,7 +50,7 @@ def _refuse(message: str) -> int:
     else:
         # torchrun ends every rank when the first one fails: the one that speaks has to come first.
         time.sleep(2)
-    return 2
+    return code
 
 
 def launch_alone() -> None:

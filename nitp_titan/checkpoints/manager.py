@@ -57,6 +57,9 @@ class CheckpointManager(Upstream):
             if self.branch_from and self.initial_load_path not in (None, self.branch_from):
                 raise ValueError("branch_from and initial_load_path name two checkpoints to start from, expected one")
 
+    before_save: Callable[[], None] | None = None
+    """Called before each checkpoint is begun. An exception leaves it out."""
+
     after_save: Callable[[], None] | None = None
     """Called after each checkpoint that was saved, or whose saving goes on in the background."""
 
@@ -90,6 +93,8 @@ class CheckpointManager(Upstream):
 
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """Save a checkpoint where one is due, as TorchTitan does; return whether there was one."""
+        if self.before_save is not None and self._should_save(curr_step, last_step):
+            self.before_save()
         saved = super().save(curr_step, last_step)
         if saved and last_step:
             self._purge_stale_checkpoints()
@@ -109,6 +114,8 @@ class CheckpointManager(Upstream):
         self.maybe_wait_for_saving()
         checkpoint_id = self._create_checkpoint_id(step)
         if self._local is None or not is_complete(Path(checkpoint_id)):
+            if self.before_save is not None:
+                self.before_save()
             states = self._flattened_model_states_sd()
             self.dcp_save(states, checkpoint_id=checkpoint_id, async_mode=AsyncMode.DISABLED)
             if self.after_save is not None:

@@ -19,6 +19,7 @@ from nitp_titan.job.keys.schema import OUR_TABLES
 from nitp_titan.job.loss_name import loss_name
 from nitp_titan.job.shape import changes_of
 from nitp_titan.runtime import machine
+from nitp_titan.training.faults_config import FaultsConfig
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model_spec import ModelSpec
@@ -47,6 +48,7 @@ def build_trainer_config(job: Job) -> NITPTrainer.Config:
     builders = {
         "nitp": lambda: job.nitp,
         "float8": lambda: job.float8,
+        "faults": lambda: FaultsConfig(**job["faults"]),
         "tokenizer": lambda: tokenizer_config(job),
         "dataloader": lambda: _dataloader(job, "dataloader"),
         "optimizer": lambda: _optimizer(job),

@@ -26,6 +26,7 @@ from nitp_titan.runs.tags import (
     METRICS_FILE,
     NITP,
     NTP,
+    SKIPPED_STEPS,
     VALIDATION_NITP,
     VALIDATION_NTP,
     VALIDATION_TOTAL,
@@ -40,6 +41,7 @@ _ON_CONSOLE = {
     EFFECTIVE_RANK: "rank: {:.1f}",
     MEAN_COSINE: "cosine: {:.3f}",
     MAX_LOAD: "max_load: {:.2f}",
+    SKIPPED_STEPS: "skipped: {:.0f}",
 }
 """What a console line shows of the additional metrics, and how."""
 
@@ -95,6 +97,7 @@ class MetricsProcessor(upstream.MetricsProcessor):
         self._run_loggers: list[JsonlLogger | TensorBoardLogger] = []
         super().__init__(config, **kwargs)
         self.sources: list[Callable[[], dict[str, float]]] = []
+        self.as_computed: Callable[[float, float], tuple[float, ...]] = lambda *losses: losses
         self.validation_sources: list[Callable[[float], dict[str, float]]] = []
 
     def _build_metric_logger(self, **kwargs: Any) -> upstream.BaseLogger:
@@ -131,12 +134,15 @@ class MetricsProcessor(upstream.MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Log a step as TorchTitan does, with what the sources have."""
+        """Log a step as TorchTitan does, with what the sources have, and its losses as they were computed."""
+        global_avg_loss, global_max_loss = self.as_computed(global_avg_loss, global_max_loss)
         added: dict[str, float] = {NTP: global_avg_loss}
         for source in self.sources:
             added.update(source())
         # Stock TorchTitan's total is its NTP loss: for events and files alone, where runs are compared.
-        shown = added if NITP in added else {tag: value for tag, value in added.items() if tag != NTP}
+        hidden = {NTP} - added.keys() if NITP in added else {NTP}
+        hidden |= {SKIPPED_STEPS} if not added.get(SKIPPED_STEPS) else set()
+        shown = {tag: value for tag, value in added.items() if tag not in hidden}
         with _on_console(shown):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **added})
 

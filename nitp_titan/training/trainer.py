@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,15 @@ from nitp_titan.float8.layers import (
 )
 from nitp_titan.nitp.config import NITPConfig
 from nitp_titan.nitp.pairs import counted
+from nitp_titan.runs.steps import complete_steps
 from nitp_titan.runs.tags import NITP, NTP
 from nitp_titan.titan.context import loss_inputs
 from nitp_titan.titan.rehearsal import isolate_rehearsal
 from nitp_titan.titan.spec import nitp_model_spec
 from nitp_titan.training import hooks, resumption
 from nitp_titan.training.copies import CopiesWithoutWaiting
+from nitp_titan.training.faults import StepGuard
+from nitp_titan.training.faults_config import FaultsConfig
 from nitp_titan.training.hooks import Hook
 from nitp_titan.training.joint_loss import JointLoss
 from nitp_titan.training.lr_scheduler import LRSchedulersContainer
@@ -65,6 +69,9 @@ class NITPTrainer(Trainer):
         float8: Float8Config = field(default_factory=Float8Config)
         """Matrix products in float8."""
 
+        faults: FaultsConfig = field(default_factory=FaultsConfig)
+        """Steps whose numbers are not finite, or far off."""
+
         metrics: MetricsProcessor.Config = field(default_factory=MetricsProcessor.Config)
         validator: Validator.Config = field(default_factory=Validator.Config)
         lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
@@ -84,21 +91,39 @@ class NITPTrainer(Trainer):
         log = self.metrics_processor.log_values
         self.geometry = HiddenStateGeometry(self.parallel_dims, config.nitp.geometry_freq, log)
         self.expert_load = ExpertLoad(self.parallel_dims, self.model_parts)
-        self.hooks: list[Hook] = [self.expert_load, self.geometry]
+        self.faults = StepGuard(
+            config.faults,
+            device=self.device,
+            parallel_dims=self.parallel_dims,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            has_loss=not self.parallel_dims.pp_enabled or self.pp_has_last_stage,
+            windows_end_at=config.nitp.start_step if config.nitp.enable else 0,
+            last_checkpoint=self._last_checkpoint,
+        )
+        self.hooks: list[Hook] = [self.faults, self.expert_load, self.geometry]
         self.optimizers.register_step_pre_hook(lambda *args, **kwargs: self._tell("before_optimizer"))
         if isinstance(self.checkpointer, CheckpointManager):
+            self.checkpointer.before_save = self.faults.before_save
             self.checkpointer.after_save = lambda: self._tell("saved")
             self.checkpointer.after_load = self._say_what_is_resumed
             if self.checkpointer.enable:
                 layout = layout_of(self.parallel_dims, self.device)
                 self.checkpointer.states[RANDOM_STATE] = RandomState(layout, self.device)
+        self.metrics_processor.as_computed = self.faults.as_computed
         self.metrics_processor.sources += [self._loss_parts, self.geometry.take, self.expert_load.take]
+        self.metrics_processor.sources.append(self.faults.metrics)
         if self.parallel_dims.pp_enabled:
             isolate_rehearsal(self.pp_schedule, self._rehearsing)
 
     def train(self) -> None:
-        """Train as TorchTitan does; where the data end before ``training.steps``, the step before is the last one."""
+        """Train as TorchTitan does; where the data end before ``training.steps``, the step before is the last one.
+
+        Raises:
+            NotFinite: the run ends since its numbers are bad; ``config.faults`` says when.
+        """
         super().train()
+        self.faults.look()
         if not self.out_of_data:
             return
         if not self.step:
@@ -119,8 +144,10 @@ class NITPTrainer(Trainer):
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)
         self._tell("begin_step")
-        with self._copies:
+        with self._copies, self.faults.watching():
             super().train_step(iter(batches))
+        if not isinstance(self.checkpointer, CheckpointManager) and self.checkpointer.enable:
+            self.faults.before_save()  # another manager does not say when it saves
         self._tell("end_step")
 
     @property
@@ -218,7 +245,7 @@ class NITPTrainer(Trainer):
         with self._copies.paused():
             loss = super().forward_backward_step(global_valid_tokens=global_valid_tokens.clamp(min=1), **kwargs)
         self._tell("end_micro_batch")
-        return loss
+        return self.faults.take_loss(loss, self.metrics_processor.should_log(self.step))
 
     @contextlib.contextmanager
     def _rehearsing(self) -> Iterator[None]:
@@ -231,6 +258,14 @@ class NITPTrainer(Trainer):
             yield
         for tensor, value in zip(kept, values, strict=True):
             tensor.copy_(value)
+
+    def _last_checkpoint(self, before: int) -> str:
+        """Return the newest complete checkpoint of a step before one, the background's included; "" for none."""
+        self.checkpointer.maybe_wait_for_saving()
+        config = self.config.checkpoint
+        folder = Path(self.config.dump_folder) / config.folder
+        steps = [step for step in complete_steps(folder) if step < before] if config.enable else []
+        return str(folder / f"step-{steps[-1]}") if steps else ""
 
     def _loss_parts(self) -> dict[str, float]:
         if not isinstance(self.loss_fn, JointLoss):

@@ -45,6 +45,7 @@ tokenizer: add_bos=false add_eos=false
 nitp: enable=false weight=0.5 target_layer=3 projector=none projector_ratio=2 loss=mse shift=0 stop_gradient=false
 nitp: start_step=7 geometry_freq=7
 float8: recipe=rowwise,emulate=true
+faults: on_nonfinite=skip loss_spike_sigma=6.0 grad_norm_spike_sigma=6.0
 dataloader: dataset=c4_test seed=7 num_streams=8 infinite=false prefetch=0 on_bad_text=skip
 training: local_batch_size=4 global_batch_size=16 seq_len=128 max_norm=2.0 steps=150 enable_cpu_offload=true
 training: disable_cuda_graphs=false dtype=bfloat16 mixed_precision_param=bfloat16 gc_freq=7 gc_debug=true
@@ -75,6 +76,8 @@ NEEDS: dict[str, list[str]] = {
     "model.shape: router_score_func=sigmoid router_norm=false load_balance_coeff=0.1": MOE,
     "float8: experts=true": [*MOE, "--float8.recipe=rowwise", "--float8.emulate"],
     "float8: filter_fqns=attention emulate=true": ["--float8.recipe=rowwise"],
+    "faults: max_skips_in_a_row=7": ["--faults.on_nonfinite=skip"],
+    "faults: spike_window=64": ["--faults.loss_spike_sigma=6.0"],
     "dataloader: text_field=x streaming=true": FILES,
     "dataloader: shuffle_buffer=7": [*FILES, "--dataloader.streaming"],
     "dataloader: split=x": HUB,

@@ -19,6 +19,7 @@ from nitp_titan.job.checks import (
     tokenizer,
     upstream,
 )
+from nitp_titan.job.checks.faults import check_faults
 from nitp_titan.job.checks.loss import check_loss, check_loss_chunks
 from nitp_titan.job.checks.nitp import check_nitp
 from nitp_titan.job.checks.output import check_output
@@ -29,6 +30,7 @@ CHECKS = (
     check_loss_chunks,
     attention.check_attention,
     float8.check_float8,
+    check_faults,
     data.check_data,
     data.check_validation_data,
     tokenizer.check_tokenizer,

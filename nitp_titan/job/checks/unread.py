@@ -69,6 +69,8 @@ def gates() -> Iterator[Gate | Rule]:
     yield Gate("nitp", compared, "nitp.loss", lambda loss: loss != REGULARISER)
     yield Gate("nitp", ("projector_ratio",), "nitp.projector", lambda projector: projector != "none")
     yield Gate("float8", ("filter_fqns", "experts", "emulate"), "float8.recipe", lambda recipe: recipe != "none")
+    yield Rule("faults", ("max_skips_in_a_row",), "faults.on_nonfinite", _no_skips)
+    yield Rule("faults", ("spike_window",), "", _no_spikes)
     yield from _data_gates("dataloader")
     yield Gate("validator", ("freq", "steps"), "validator.enable")
     yield Gate("validator.dataloader", _keys("validator.dataloader"), "validator.enable")
@@ -179,6 +181,16 @@ def _no_assets(draft: Draft) -> str:
     if draft.get("tokenizer", "name") == "huggingface" or hf_weights or written_by:
         return ""
     return f'tokenizer.name is {quote(draft.get("tokenizer", "name"))} (set it to "huggingface")'
+
+
+def _no_skips(draft: Draft) -> str:
+    stops = draft.get("faults", "on_nonfinite") == "stop" and _no_spikes(draft)
+    return "faults.on_nonfinite is stop, and no spikes are skipped" if stops else ""
+
+
+def _no_spikes(draft: Draft) -> str:
+    judged = any(draft.get("faults", key) for key in ("loss_spike_sigma", "grad_norm_spike_sigma"))
+    return "" if judged else "faults.loss_spike_sigma and faults.grad_norm_spike_sigma are 0"
 
 
 def _no_experts(draft: Draft) -> str:

@@ -20,6 +20,7 @@ from nitp_titan.job.keys.types import is_list, parse_type
 from nitp_titan.models.flavors import Shape
 from nitp_titan.models.flex_options import FlexKernelOptions
 from nitp_titan.nitp.config import NITPConfig
+from nitp_titan.training.faults_config import FaultsConfig
 
 UPSTREAM_SCHEMA = Path(__file__).with_name("upstream_schema.json")
 
@@ -30,6 +31,7 @@ OUR_TABLES: dict[str, type] = {
     "model.flex_kernel_options": FlexKernelOptions,
     "nitp": NITPConfig,
     "float8": Float8Config,
+    "faults": FaultsConfig,
     "tokenizer": tables.TokenizerTable,
     "dataloader": DataloaderKeys,
     "optimizer": tables.OptimizerTable,
@@ -54,7 +56,8 @@ _EXTENDED: dict[tuple[str, str], tuple[Any, str]] = {
 }
 
 # The order of a resolved file; a table of a later TorchTitan that is not here comes last.
-_ORDER = ["job", "model", "model.shape", "model.flex_kernel_options", "nitp", "float8", "tokenizer", "dataloader"]
+_ORDER = ["job", "model", "model.shape", "model.flex_kernel_options", "nitp", "float8", "faults"]
+_ORDER += ["tokenizer", "dataloader"]
 _ORDER += [
     "training",
     "optimizer",

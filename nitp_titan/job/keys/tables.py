@@ -1,6 +1,7 @@
 """The tables that are ours: ``[job] [model]``, and flat ones where upstream has unions or lists of objects.
 
-``[nitp]`` is :class:`nitp_titan.nitp.config.NITPConfig`, ``[float8]`` is :mod:`nitp_titan.float8.config`'s; every other
+``[nitp]`` is :class:`nitp_titan.nitp.config.NITPConfig`, ``[float8]`` is :mod:`nitp_titan.float8.config`'s,
+``[faults]`` :mod:`nitp_titan.training.faults_config`'s; every other
 table is upstream's (``upstream_schema.json``).
 Free of torch. A docstring under a key is what ``nitp-titan check --keys`` prints.
 """
