@@ -14,11 +14,13 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager as Upstream
-from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER
+from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.logging import logger
 
+from nitp_titan.checkpoints.disk import saving
 from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face, of_every_rank
+from nitp_titan.checkpoints.space import require_space
 from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
@@ -91,11 +93,38 @@ class CheckpointManager(Upstream):
         to_hf: bool = False,
     ) -> Any:
         """Save as TorchTitan does; Hugging Face weights with the ``config.json`` that they are to be read with."""
-        saved = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        self._being_saved = checkpoint_id
+        with saving(checkpoint_id):
+            require_space(state_dict, checkpoint_id)
+            saved = super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
         if to_hf and (not dist.is_initialized() or dist.get_rank() == 0):
             assert self.sd_adapter is not None  # or TorchTitan has refused
             self._write_hf_config(Path(checkpoint_id))
         return saved
+
+    def _wait_for_saving(self) -> None:
+        """Wait for the save in the background, as TorchTitan does; where it has failed, leave nothing of it."""
+        with saving(self._being_saved):
+            super()._wait_for_saving()
+
+    def require_space(self, step: int, steps: int) -> None:
+        """Refuse a run whose next checkpoint would not fit the disk, before its first step.
+
+        Args:
+            step: the step that it goes on from.
+            steps: its last one.
+
+        Raises:
+            DiskError: it does not fit.
+        """
+        if not self.enable or self.load_only:
+            return
+        only_the_last = (step // self.interval + 1) * self.interval >= steps and not self.enable_first_step_checkpoint
+        state: dict[str, Any] = self._flattened_model_states_sd()
+        if only_the_last and self.last_save_model_only:
+            weights = {name: weight.to("meta") for name, weight in self.states[MODEL].state_dict().items()}
+            state = {name: weight.to(self.export_dtype) for name, weight in weights.items()}
+        require_space(state, self.folder)
 
     def _write_hf_config(self, folder: Path) -> None:
         try:

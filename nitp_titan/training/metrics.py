@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed
@@ -26,6 +27,7 @@ from nitp_titan.runs.tags import (
     VALIDATION_NTP,
     VALIDATION_TOTAL,
 )
+from nitp_titan.training.tolerant import TolerantLogger, warn_unwritten
 
 _ON_CONSOLE = {
     NTP: "ntp: {:8.5f}",
@@ -61,7 +63,11 @@ class JsonlLogger(upstream.BaseLogger):
             self._last = {"step": step}
         self._file.truncate(self._last_starts)
         self._last |= values
-        self._file.write((json.dumps(self._last) + "\n").encode())
+        line = (json.dumps(self._last) + "\n").encode()
+        if self._file.write(line) < len(line):
+            # A disk that is full takes a part, and says so at the next write. No half line stays.
+            self._file.truncate(self._last_starts)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def _end_before(self, step: int) -> int:
         """Return where the lines of earlier steps end; a line that a killed run left half written ends them too."""
@@ -97,13 +103,25 @@ class MetricsProcessor(upstream.MetricsProcessor):
         self.validation_sources: list[Callable[[float], dict[str, float]]] = []
 
     def _build_metric_logger(self, **kwargs: Any) -> upstream.BaseLogger:
-        loggers = super()._build_metric_logger(**kwargs)
+        config, folder = kwargs["config"], kwargs["dump_folder"]
+        events = os.path.join(folder, config.save_tb_folder)
+        try:
+            loggers = super()._build_metric_logger(**kwargs)
+        except OSError as error:
+            warn_unwritten(events, error)
+            loggers = super()._build_metric_logger(**kwargs | {"config": replace(config, enable_tensorboard=False)})
+        if isinstance(loggers, upstream.LoggerContainer):
+            loggers._loggers = [TolerantLogger(inner, events) for inner in loggers._loggers]
         rank = upstream._get_metrics_rank(parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"])
         if torch.distributed.get_rank() != rank:
             return loggers
         if not isinstance(loggers, upstream.LoggerContainer):
             loggers = upstream.LoggerContainer()
-        loggers.add_logger(JsonlLogger(os.path.join(kwargs["dump_folder"], METRICS_FILE)))
+        lines = os.path.join(folder, METRICS_FILE)
+        try:
+            loggers.add_logger(TolerantLogger(JsonlLogger(lines), lines))
+        except OSError as error:
+            warn_unwritten(lines, error)
         return loggers
 
     def log(
