@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from nitp_titan.launch import Launch
 from tests.helpers.commands import ROOT, debug_job, losses
 from tests.helpers.trainers import metric_lines
 
@@ -57,49 +60,53 @@ def program(folder: Path, name: str, text: str) -> Path:
 
 @pytest.fixture
 def recorder(tmp_path):
-    """An interpreter that says what it was to run, a line a call."""
+    """An interpreter that says what it was to run."""
     return str(program(tmp_path, "python", 'echo "$@"'))
 
 
-def launched(recorder: str, *words: str, **environment: str) -> list[str]:
-    code, said = call(RUN, *words, PYTHON=recorder, **environment)
-    assert code == 0, said
-    check, run = said.splitlines()
-    assert check.startswith("-m nitp_titan.cli check ")
-    return [check.removeprefix("-m nitp_titan.cli check "), run]
+@pytest.fixture
+def on_nodes(tmp_path):
+    """One that says where, too."""
+    where = "NNODES=$NNODES NGPU=$NGPU NODE_RANK=$NODE_RANK RDZV_ENDPOINT=$RDZV_ENDPOINT RDZV_ID=$RDZV_ID"
+    return str(program(tmp_path, "python", f'echo "$@" {where}'))
 
 
-TRAIN = "-m nitp_titan.train --job.config_file train_configs/debug.toml"
+def test_the_launcher_has_file_and_options(recorder):
+    entry = "-m nitp_titan.launch"
+    assert call(RUN, PYTHON=recorder) == (0, f"{entry} train_configs/debug.toml\n")
+    given = ("--training.steps", "3", "--nitp.no-enable")
+    assert call(RUN, *given, PYTHON=recorder, CONFIG_FILE="a.toml") == (0, f"{entry} a.toml {' '.join(given)}\n")
+
+
+def torchrun(options: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
+    """How many ranks there are, and torchrun's words on this node."""
+    plan = Launch.read(environment)
+    return plan.ranks, " ".join(plan.torchrun("a.toml", options))
+
+
+TRAIN = "-m nitp_titan.train --job.config_file a.toml"
 FILTER = "--local-ranks-filter {} --role rank --tee 3"
 
 
-def test_one_process_needs_no_torchrun(recorder):
-    assert launched(recorder) == ["train_configs/debug.toml --ngpu 1", TRAIN]
-    assert launched(recorder, "--training.steps", "3", CONFIG_FILE="a.toml", NNODES="1") == [
-        "a.toml --ngpu 1 --training.steps 3",
-        "-m nitp_titan.train --job.config_file a.toml --training.steps 3",
-    ]
-
-
-def test_one_node(recorder):
-    check, run = launched(recorder, "--nitp.no-enable", NGPU="4", LOG_RANK="0,3")
-    assert check == "train_configs/debug.toml --ngpu 4 --nitp.no-enable"
+def test_one_node():
     rendezvous = "--nnodes 1 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    assert run == f"-m torch.distributed.run {rendezvous} {FILTER.format('0,3')} {TRAIN} --nitp.no-enable"
+    expected = f"{rendezvous} {FILTER.format('0,3')} {TRAIN} --nitp.no-enable"
+    assert torchrun(("--nitp.no-enable",), NGPU="4", LOG_RANK="0,3") == (4, expected)
+    assert Launch.read({}).ranks == 1
+    assert Launch.read({"NGPU": "2", "NNODES": "1"}, ranks_here=3).ranks == 3
 
 
-def test_several_nodes(recorder):
+def test_several_nodes():
     nodes = {"NNODES": "32", "NGPU": "8", "RDZV_ENDPOINT": "head"}
-    check, run = launched(recorder, **nodes)
-    assert check == "train_configs/debug.toml --ngpu 256"
+    ranks, run = torchrun(**nodes)
+    assert ranks == 256
     rendezvous = "--nnodes 32 --nproc-per-node 8 --rdzv-backend {} --rdzv-endpoint {} --rdzv-id {}"
     end = f"{FILTER.format(0)} {TRAIN}"
-    assert run == f"-m torch.distributed.run {rendezvous.format('c10d', 'head:29500', 'nitp_titan')} {end}"
-    _, run = launched(recorder, **nodes | {"RDZV_ENDPOINT": "10.0.0.1:4000", "RDZV_ID": "mine", "NODE_RANK": "31"})
-    rendezvous = rendezvous.format("static", "10.0.0.1:4000", "mine") + " --node-rank 31"
-    assert run == f"-m torch.distributed.run {rendezvous} {end}"
+    assert run == f"{rendezvous.format('c10d', 'head:29500', 'nitp_titan')} {end}"
+    _, run = torchrun(**nodes | {"RDZV_ENDPOINT": "10.0.0.1:4000", "RDZV_ID": "mine", "NODE_RANK": "31"})
+    assert run == f"{rendezvous.format('static', '10.0.0.1:4000', 'mine')} --node-rank 31 {end}"
     # Of one process each, several nodes are several processes.
-    assert "--nnodes 2 --nproc-per-node 1" in launched(recorder, NNODES="2", RDZV_ENDPOINT="head")[1]
+    assert "--nnodes 2 --nproc-per-node 1" in torchrun(NNODES="2", RDZV_ENDPOINT="head")[1]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +131,8 @@ def test_several_nodes(recorder):
         ),
     ],
 )
-def test_contradictions_are_refused_before_anything_starts(recorder, environment, message):
-    code, said = call(RUN, PYTHON=recorder, **environment)
+def test_contradictions_are_refused_before_anything_starts(environment, message):
+    code, said = call(RUN, **environment)
     assert code == 2
     [line] = said.splitlines()
     assert line.startswith(f"run_train.sh: {message}")
@@ -147,7 +154,16 @@ def slurm(tmp_path):
     """Environment of a batch script of two nodes, with a srun that runs both nodes' tasks here."""
     tools = tmp_path / "slurm"
     tools.mkdir()
-    program(tools, "scontrol", f'[ "$1 $2 $3" = "show hostnames slurm-[a-b]" ] && printf "%s\\n" {" ".join(TWO_NODES)}')
+    program(
+        tools,
+        "scontrol",
+        f"""
+        case "$1 $2" in
+            "show hostnames") [ "$3" = "slurm-[a-b]" ] && printf "%s\\n" {" ".join(TWO_NODES)} ;;
+            "requeue $SLURM_JOB_ID") touch {tmp_path}/requeued ;;
+            *) exit 1 ;;
+        esac""",
+    )
     program(
         tools,
         "srun",
@@ -158,6 +174,8 @@ def slurm(tmp_path):
         export RDZV_ENDPOINT=${{RDZV_ENDPOINT/slurm-a/localhost}}
         SLURM_NODEID=0 "$@" & first=$!
         SLURM_NODEID=1 "$@" & second=$!
+        trap "kill -USR1 $first $second" USR1
+        while kill -0 $first || kill -0 $second; do sleep 0.05; done 2> /dev/null
         wait $first && wait $second""",
     )
     with socket.socket() as probe:
@@ -172,25 +190,44 @@ def slurm(tmp_path):
     }
 
 
-def test_slurm_script_launches_a_task_a_node(slurm, recorder, tmp_path):
+def test_slurm_script_launches_a_task_a_node(slurm, on_nodes, tmp_path):
     assert subprocess.run(["bash", "-n", SLURM], cwd=ROOT, check=False).returncode == 0
-    code, said = call(SLURM, "--job.description", "two words", PYTHON=recorder, CONFIG_FILE="a.toml", **slurm)
+    code, said = call(SLURM, "--job.description", "two words", PYTHON=on_nodes, CONFIG_FILE="a.toml", **slurm)
     assert code == 0, said
     srun = (tmp_path / "srun").read_text()
     assert srun.startswith("--ntasks-per-node 1 --cpus-per-task 96 --kill-on-bad-exit=1 bash -c ")
-    checks = [line for line in said.splitlines() if " check " in line]
-    assert checks == ["-m nitp_titan.cli check a.toml --ngpu 16 --job.description two words"] * 2
     port = 20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000
-    runs = sorted(line for line in said.splitlines() if "torch.distributed.run" in line)
+    runs = sorted(line for line in said.splitlines() if "nitp_titan.launch" in line)
     for rank, run in enumerate(runs):
-        assert run.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 8 --rdzv-backend static ")
-        assert f"--rdzv-endpoint localhost:{port} --rdzv-id {slurm['SLURM_JOB_ID']} --node-rank {rank} " in run
+        assert run.startswith("-m nitp_titan.launch a.toml --job.description two words NNODES=2 NGPU=8 ")
+        assert f"NODE_RANK={rank} RDZV_ENDPOINT=localhost:{port} RDZV_ID={slurm['SLURM_JOB_ID']}" in run
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, True), (1, False)])
+def test_slurm_script_passes_the_notice_on_and_queues_again_what_has_saved(slurm, tmp_path, code, requeued):
+    # A rank that ends when it has the notice, as ours do.
+    waits = f"trap 'exit {code}' USR1; echo began; for _ in $(seq 200); do sleep 0.05; done; exit 9"
+    log, python = tmp_path / "log", str(program(tmp_path, "python", waits))
+    env = os.environ | slurm | {"PYTHON": python, "CONFIG_FILE": "a.toml"}
+    with log.open("w") as output:
+        batch = subprocess.Popen([SLURM], cwd=ROOT, env=env, stdout=output, stderr=output)
+    try:
+        while log.read_text().count("began") < 2:
+            assert batch.poll() is None, log.read_text()
+            time.sleep(0.02)
+        # As --signal=B:USR1@300 does: to the batch script alone.
+        batch.send_signal(signal.SIGUSR1)
+        assert batch.wait(timeout=30) == code, log.read_text()
+    finally:
+        batch.kill()
+    assert (tmp_path / "requeued").exists() == requeued
 
 
 def test_slurm_options_are_one_task_and_all_gpus_a_node():
     options = [line.split()[1] for line in (ROOT / SLURM).read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive"} <= set(options)
+    assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(options)
 
 
 # --- two nodes on this machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -98,7 +99,7 @@ def test_without_a_file_the_usage_is_printed():
     assert "--job.config_file FILE" in done.stderr
 
 
-def test_a_refusal_leaves_torchrun_no_traceback_to_print(tmp_path, monkeypatch, capsys):
+def test_a_refusal_leaves_torchrun_a_line_and_no_traceback_to_print(tmp_path, monkeypatch, capsys):
     # TorchTitan writes what its trainer raises to this file, which torchrun prints.
     handed = tmp_path / "error.json"
     handed.write_text("{}")
@@ -107,4 +108,4 @@ def test_a_refusal_leaves_torchrun_no_traceback_to_print(tmp_path, monkeypatch, 
         monkeypatch.setenv(name, value)
     assert main([f"--job.config_file={tmp_path / 'nowhere.toml'}"]) == 2
     assert "nowhere.toml" in capsys.readouterr().err
-    assert not handed.exists()
+    assert "nowhere.toml" in json.loads(handed.read_text())["message"]

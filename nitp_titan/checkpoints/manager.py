@@ -20,6 +20,7 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from nitp_titan.checkpoints.disk import whole_or_nothing
 from nitp_titan.checkpoints.find import NoWholeCheckpoint, latest_whole, of_first_rank, reason_against
 from nitp_titan.checkpoints.fingerprint import Fingerprint, differences, refusals
 from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
@@ -27,6 +28,7 @@ from nitp_titan.checkpoints.folder import clean_up, saving, set_aside, take_away
 from nitp_titan.checkpoints.keys import CheckpointKeys
 from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader, SafeRemoteReader
 from nitp_titan.checkpoints.same_run import check, refusal, without_what_the_checkpoint_lacks
+from nitp_titan.checkpoints.space import require_space
 from nitp_titan.checkpoints.writer import WholeWriter, seal
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
@@ -78,6 +80,8 @@ class CheckpointManager(Upstream):
         """The step that was found to be whole, and is gone on from; -1 for none."""
         self._newest = -1
         """The step that was gone on from, or saved last."""
+        self._being_saved = Path()
+        """The checkpoint that is saved last, maybe still in the background."""
 
     @property
     def _local(self) -> Path | None:
@@ -259,14 +263,20 @@ class CheckpointManager(Upstream):
         final = Path(checkpoint_id)
         step = int(final.name.removeprefix("step-"))
         self._newest = step
-        if to_hf:
-            return self._save_hugging_face(state_dict, final, step, enable_garbage_collection)
+        self._being_saved = final
+        with whole_or_nothing(final):
+            require_space(state_dict, checkpoint_id)
+            if to_hf:
+                return self._save_hugging_face(state_dict, final, step, enable_garbage_collection)
+            return self._save_whole(state_dict, final, step, async_mode, enable_garbage_collection)
+
+    def _save_whole(self, state_dict: dict[str, Any], final: Path, step: int, mode: AsyncMode, collect: bool) -> Any:
         holds = "everything" if OPTIMIZER in state_dict else "weights"
         writer = WholeWriter(final, step=step, holds=holds, fingerprint=self.fingerprint)
         saved: Any = None
-        if async_mode == AsyncMode.ASYNC:
+        if mode == AsyncMode.ASYNC:
             saved = dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
-        elif async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+        elif mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
             saved = dcp.async_save(
                 state_dict,
                 storage_writer=writer,
@@ -276,7 +286,7 @@ class CheckpointManager(Upstream):
             )
         else:
             dcp.save(state_dict, storage_writer=writer)
-        if enable_garbage_collection:
+        if collect:
             GarbageCollection.collect("GC collection invoked by checkpointer.")
         return saved
 
@@ -301,6 +311,30 @@ class CheckpointManager(Upstream):
             k, every = self.keep_latest_k, self._keys.keep_every
             for step in to_remove(folder, keep_latest=k, keep_every=every, protected=[self._newest]):
                 self.purge_queue.put(str(take_away(folder, step)))
+
+    def _wait_for_saving(self) -> None:
+        """Wait for the save in the background, as TorchTitan does; where it has failed, leave nothing of it."""
+        with whole_or_nothing(self._being_saved):
+            super()._wait_for_saving()
+
+    def require_space(self, step: int, steps: int) -> None:
+        """Refuse a run whose next checkpoint would not fit the disk, before its first step.
+
+        Args:
+            step: the step that it goes on from.
+            steps: its last one.
+
+        Raises:
+            DiskError: it does not fit.
+        """
+        if not self.enable or self.load_only:
+            return
+        only_the_last = (step // self.interval + 1) * self.interval >= steps and not self.enable_first_step_checkpoint
+        state: dict[str, Any] = self._flattened_model_states_sd()
+        if only_the_last and self.last_save_model_only:
+            weights = {name: weight.to("meta") for name, weight in self.states[MODEL].state_dict().items()}
+            state = {name: weight.to(self.export_dtype) for name, weight in weights.items()}
+        require_space(state, self.folder)
 
     def _write_hf_config(self, folder: Path) -> None:
         try:

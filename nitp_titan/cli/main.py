@@ -1,4 +1,4 @@
-"""The ``nitp-titan`` command. Exit codes: 0 fine, 2 bad input."""
+"""The ``nitp-titan`` command. Exit codes: 0 fine, 2 bad input; of ``train`` those of its ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 from types import ModuleType
 
 from nitp_titan import __version__
-from nitp_titan.cli import check, doctor, env, export, plot, report
+from nitp_titan.cli import check, doctor, env, export, plot, report, train
 from nitp_titan.cli.common import fail
 from nitp_titan.job import JobError
 from nitp_titan.job.reading.command_line import split_command_line, split_config_file
 
 _VERBS: dict[str, ModuleType] = {
+    "train": train,
     "check": check,
     "report": report,
     "doctor": doctor,
@@ -21,7 +22,7 @@ _VERBS: dict[str, ModuleType] = {
     "plot": plot,
     "env": env,
 }
-_OF_JOBS = ("check", "report", "export", "doctor")
+_OF_JOBS = ("train", "check", "report", "export", "doctor")
 """Verbs that take ``--table.key value``."""
 
 
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nitp-titan",
-        description="Next Implicit Token Prediction on TorchTitan. Train with run_train.sh, or "
-        "`torchrun -m nitp_titan.train --job.config_file FILE [--table.key value ...]`.",
+        description="Next Implicit Token Prediction on TorchTitan. Train with `nitp-titan train`, "
+        "run_train.sh, or `torchrun -m nitp_titan.train --job.config_file FILE [--table.key value ...]`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nitp-titan {__version__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from nitp_titan.runs.tags import (
     VALIDATION_TOTAL,
 )
 from nitp_titan.training.event_files import TensorBoardLogger, folder_of_events
+from nitp_titan.training.tolerant import TolerantLogger, warn_unwritten
 
 _ON_CONSOLE = {
     NTP: "ntp: {:8.5f}",
@@ -77,7 +79,11 @@ class JsonlLogger(upstream.BaseLogger):
             self._last, self._last_starts = {"step": step}, os.fstat(self._file.fileno()).st_size
         self._file.truncate(self._last_starts)
         self._last |= values
-        self._file.write((json.dumps(self._last) + "\n").encode())
+        line = (json.dumps(self._last) + "\n").encode()
+        if self._file.write(line) < len(line):
+            # A disk that is full takes a part, and says so at the next write. No half line stays.
+            self._file.truncate(self._last_starts)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         self._file.close()
@@ -111,14 +117,20 @@ class MetricsProcessor(upstream.MetricsProcessor):
         speaks = rank == upstream._get_metrics_rank(
             parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"]
         )
+        built: dict[Path, Callable[[], TensorBoardLogger | JsonlLogger]] = {}
         if config.enable_tensorboard and (speaks or config.save_for_all_ranks):
-            events = folder_of_events(run_folder / config.save_tb_folder)
-            events = events / f"rank_{rank}" if config.save_for_all_ranks else events
-            self._run_loggers.append(TensorBoardLogger(events, kwargs.get("tag")))
+            of_rank = f"rank_{rank}" if config.save_for_all_ranks else ""
+            root = run_folder / config.save_tb_folder
+            built[root] = lambda: TensorBoardLogger(folder_of_events(root) / of_rank, kwargs.get("tag"))
         if speaks:
-            self._run_loggers.append(JsonlLogger(str(run_folder / METRICS_FILE)))
-        for logger_of_run in self._run_loggers:
-            loggers.add_logger(logger_of_run)
+            lines = run_folder / METRICS_FILE
+            built[lines] = lambda: JsonlLogger(str(lines))
+        for path, build in built.items():
+            try:
+                self._run_loggers.append(tolerant := TolerantLogger(build(), str(path)))
+                loggers.add_logger(tolerant)
+            except OSError as error:
+                warn_unwritten(str(path), error)
         return loggers
 
     def go_on_from(self, step: int) -> None:

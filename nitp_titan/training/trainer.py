@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch._inductor.config
 from torchtitan.components.checkpointer import BaseCheckpointManager
 from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils as tools
 from torchtitan.tools.logging import logger
@@ -40,6 +41,7 @@ from nitp_titan.training.copies import CopiesWithoutWaiting
 from nitp_titan.training.faults import StepGuard
 from nitp_titan.training.faults_config import FaultsConfig
 from nitp_titan.training.hooks import Hook
+from nitp_titan.training.interrupt import Interruption, end_interrupted
 from nitp_titan.training.joint_loss import JointLoss
 from nitp_titan.training.lr_scheduler import LRSchedulersContainer
 from nitp_titan.training.metrics import MetricsProcessor
@@ -54,8 +56,9 @@ class NITPTrainer(Trainer):
 
     With ``nitp.enable`` off, model, loss and step are TorchTitan's own. ``hooks`` are told of the run's moments; one is
     added before the first step. ``steps_run`` counts this process's steps;
-    ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step.
-    ``changes``, set before training, are the settings that differ from those of the run's earlier start, in words.
+    ``out_of_data`` tells that the data of one pass (``dataloader.infinite`` off) ended the run before its last step,
+    ``interruption`` whether a signal did. ``changes``, set before training, are the settings that differ from those of
+    the run's earlier start, in words.
 
     Raises:
         ValueError: the configuration asks for what does not go with NITP; the message says what.
@@ -77,7 +80,14 @@ class NITPTrainer(Trainer):
         lr_scheduler: LRSchedulersContainer.Config = field(default_factory=LRSchedulersContainer.Config)
         checkpoint: BaseCheckpointManager.Config = field(default_factory=CheckpointManager.Config)
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, when_connected: Callable[[], None] = lambda: None):
+        """Build the model and all that trains it.
+
+        Args:
+            when_connected: called once the ranks can communicate, before anything is written or takes memory.
+        """
+        self._when_connected = when_connected
+        self.interruption = Interruption()
         super().__init__(with_float8(_with_nitp(config)))
         self.nitp = config.nitp
         self.steps_run = 0
@@ -116,14 +126,24 @@ class NITPTrainer(Trainer):
         if self.parallel_dims.pp_enabled:
             isolate_rehearsal(self.pp_schedule, self._rehearsing)
 
+    def init_distributed(self) -> ParallelDims:
+        """Connect the ranks, as TorchTitan does."""
+        dims = super().init_distributed()
+        self._when_connected()
+        return dims
+
     def train(self) -> None:
         """Train as TorchTitan does; where the data end before ``training.steps``, the step before is the last one.
+
+        Where a signal ends the run, all of its last step's state is saved.
 
         Raises:
             NotFinite: the run ends since its numbers are bad; ``config.faults`` says when.
         """
         super().train()
         self.faults.look()
+        if self.interruption.signal is not None:
+            self.interruption.outcome = end_interrupted(self)
         if not self.out_of_data:
             return
         if not self.step:
@@ -133,6 +153,14 @@ class NITPTrainer(Trainer):
             f"The data have ended (dataloader.infinite = false): step {self.step} of {self.config.training.steps} "
             f"was the run's last one{', and its checkpoint is saved' if saved else ''}"
         )
+
+    def should_continue_training(self) -> bool:
+        """Whether a further step is to come. Asked before each, of every rank."""
+        if not super().should_continue_training():
+            return False
+        if not self.steps_run and isinstance(self.checkpointer, CheckpointManager):
+            self.checkpointer.require_space(self.step, self.config.training.steps)
+        return not self.interruption.stops(self.step)
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Run TorchTitan's step on micro-batches that are fetched here, since NITP counts its pairs before them."""
