@@ -5,3 +5,5 @@ from __future__ import annotations
 
 class NotFinite(Exception):
     """A run ends since its numbers are bad; the message is one sentence. Exit code 3."""
+
+    exit_code = 3
