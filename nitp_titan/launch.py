@@ -231,15 +231,21 @@ def _first_line(text: str) -> str:
 
 
 def _tell(folder: str, code: int, reason: str) -> None:
-    """Say why the run has failed where rank 0 has not, and complete a status that a dead rank 0 has left."""
-    status = read_status(Path(folder))
-    if not reason.startswith("rank 0: ") or status is None or status.exit_code is None:
+    """Say why the run has failed where rank 0 has not, and write it where rank 0 could not know it."""
+    path = Path(folder)
+    status = read_status(path)
+    by_rank_0 = reason.startswith("rank 0: ")
+    if not by_rank_0 or status is None or status.exit_code is None:
         print(reason, file=sys.stderr, flush=True)
-    if status is not None and status.state == "running" and not is_alive(Path(folder), status):
+    if status is None:
+        return
+    is_left = status.state == "running" and not is_alive(path, status)
+    # A rank that is lost is what the others have failed of.
+    if is_left or (status.state == "failed" and not by_rank_0):
         state = "stopped" if code == 3 else "failed"
         ended = dataclasses.replace(status, state=state, reason=reason, exit_code=code, time=now())
         with contextlib.suppress(OSError):
-            replace(Path(folder) / STATUS_FILE, ended)
+            replace(path / STATUS_FILE, ended)
 
 
 if __name__ == "__main__":
