@@ -1,6 +1,7 @@
 # make train   set up .venv, then train the debug model on the text of Python's standard library
 # make test    set up .venv, then ruff, pyrefly and the tests, but for
 # make test-distributed   those of tests/distributed: runs on several gloo ranks against one process
+# make test-faults        runs that are killed at random, against undisturbed ones (KILLS=200: adds to tests/kills.jsonl)
 # make check   ruff and pyrefly alone          make format   let ruff rewrite
 # make smoke   what a CI runs on one GPU (or CPU): both debug jobs, eager and compiled
 SHELL := bash
@@ -11,7 +12,7 @@ RUN ?= outputs/debug
 PYTEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test test-distributed check format smoke
+.PHONY: setup train test test-distributed test-faults check format smoke
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -42,6 +43,9 @@ test: check
 
 test-distributed: setup
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal tests/distributed
+
+test-faults: setup
+	$(PY) -m tests.kills $(if $(KILLS),--kills $(KILLS) --rows tests/kills.jsonl)
 
 smoke: setup
 	$(PY) -m tests.smoke
