@@ -211,8 +211,9 @@ def exit_code_of(failure: Any) -> tuple[int, str]:
         if isinstance(failure, SystemExit) and isinstance(failure.code, int):
             return failure.code, ""
         return FAILED, f"torchrun: {_first_line(str(failure)) or type(failure).__name__}"
-    told = sorted(ranks.items(), key=lambda item: (item[1].exitcode not in (2, 3), item[1].timestamp))
-    rank, first = told[0]
+    told = sorted(rank for rank, failure in ranks.items() if failure.exitcode in (2, 3))
+    rank = told[0] if told else min(ranks, key=lambda rank: ranks[rank].timestamp)
+    first = ranks[rank]
     code = first.exitcode if first.exitcode in (2, 3) else FAILED
     data = getattr(first, "error_file_data", None) or {}
     message = data.get("message")
@@ -231,11 +232,12 @@ def _first_line(text: str) -> str:
 
 
 def _tell(folder: str, code: int, reason: str) -> None:
-    """Say why the run has failed where rank 0 has not, and write it where rank 0 could not know it."""
+    """Say why the run has failed where rank 0 has not, or is not shown; write it where rank 0 could not know it."""
     path = Path(folder)
     status = read_status(path)
     by_rank_0 = reason.startswith("rank 0: ")
-    if not by_rank_0 or status is None or status.exit_code is None:
+    is_shown = "0" in os.environ.get("LOG_RANK", "0").split(",")
+    if not by_rank_0 or reason.startswith("rank 0: ended ") or not is_shown:
         print(reason, file=sys.stderr, flush=True)
     if status is None:
         return
