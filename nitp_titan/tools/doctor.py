@@ -5,6 +5,7 @@ Free of torch, so that it answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from nitp_titan.checkpoints.fingerprint import differences, refusals
 from nitp_titan.job.fingerprint import fingerprint
 from nitp_titan.job.job import Job
 from nitp_titan.runs.manifest import Manifest, ManifestError
+from nitp_titan.runs.origin import branched_from
+from nitp_titan.runs.status import is_alive, read_status
 from nitp_titan.runs.steps import MARKS, METADATA, incomplete, steps_in
 
 _OURS = re.compile(r"\.(saving|replaced|deleting)-\d+|abandoned-\d+(\.\d+)?")
@@ -33,10 +36,11 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
         checksums: whether the files are read whole; otherwise names, sizes and manifests are looked at.
 
     Returns:
-        ``run``, ``folder`` of the checkpoints; ``checkpoints``, the latest first, each with ``step``, ``holds`` (None
-        where no manifest tells), ``saved``, ``bytes`` and ``problem`` ("" for a whole one); ``resumes_from``, a step or
-        None; ``can_resume``; ``why_not``, lines; ``changes``, what the job would change, lines; ``left``, what an
-        interrupted save or a rollback has left.
+        ``run``, ``folder`` of the checkpoints; ``status``, what the run says of itself (None where it does not), with
+        ``alive``: whether its process lives; ``branched_from``, another run's checkpoint, or ""; ``checkpoints``, the
+        latest first, each with ``step``, ``holds`` (None where no manifest tells), ``saved``, ``bytes`` and ``problem``
+        ("" for a whole one); ``resumes_from``, a step or None; ``can_resume``; ``why_not``, lines; ``changes``, what
+        the job would change, lines; ``left``, what an interrupted save or a rollback has left.
 
     Raises:
         NoRun: there is no such folder, or it is no run's.
@@ -59,6 +63,8 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
     return {
         "run": str(run),
         "folder": str(folder),
+        "status": _status(run),
+        "branched_from": branched_from(run),
         "checkpoints": found,
         "resumes_from": latest["step"] if latest is not None and not why_not else None,
         "can_resume": not why_not,
@@ -71,6 +77,10 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
 def render(state: dict[str, Any]) -> str:
     """Return a state as lines for people."""
     lines = [f"run        {state['run']}"]
+    if state["branched_from"]:
+        lines.append(f"branched   from {state['branched_from']}")
+    if state["status"]:
+        lines.append(f"status     {_said(state['status'])}")
     for one in state["checkpoints"]:
         size = f"{one['bytes'] / 1e9:,.2f} GB"
         about = ", ".join(filter(None, (one["holds"] or "no manifest: an older version's", size, one["saved"])))
@@ -82,6 +92,20 @@ def render(state: dict[str, Any]) -> str:
     if state["can_resume"]:
         lines.append(f"goes on from step-{state['resumes_from']}")
     return "\n".join(lines)
+
+
+def _status(run: Path) -> dict[str, Any] | None:
+    status = read_status(run)
+    return None if status is None else {**dataclasses.asdict(status), "alive": is_alive(run, status)}
+
+
+def _said(status: dict[str, Any]) -> str:
+    """Return a status in words."""
+    state = status["state"]
+    if state == "running" and not status["alive"]:
+        state = "killed: it says that it is running, and its process is dead"
+    reason = f": {status['reason']}" if status["reason"] else ""
+    return f"{state} at step {status['step']:,} of {status['steps']:,}, {status['time']}{reason}"
 
 
 def _checkpoints(run: Path, job: Job | None) -> Path:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from nitp_titan.runs.origin import branched_from
 from nitp_titan.runs.scalars import Scalars, read_scalars, run_names
 from nitp_titan.runs.tags import (
     EFFECTIVE_RANK,
@@ -100,7 +101,9 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     if problems:
         raise ValueError("\n".join(problems))
 
-    figure = build_figure(dict(zip(run_names(unique), runs, strict=True)))
+    origins = (branched_from(run_dir) for run_dir in unique)
+    names = [f"{name}, from {of}" if of else name for name, of in zip(run_names(unique), origins, strict=True)]
+    figure = build_figure(dict(zip(names, runs, strict=True)))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nitp_titan.runs.manifest import NAME, Entry, Manifest
+from nitp_titan.runs.process import Process
 from nitp_titan.runs.steps import METADATA
 from tests.helpers.commands import call, cli_main, debug_job
 
@@ -82,6 +84,29 @@ def test_what_is_left_and_what_is_nobodys(run, capsys):
     for name in (".saving-8", "abandoned-4", "abandoned-4.2", "best-step-9", "step-9.bak"):
         (run / "checkpoint" / name).mkdir()
     assert doctor(capsys, run)[1]["left"] == [".saving-8", "abandoned-4", "abandoned-4.2"]
+
+
+def test_what_the_run_says_of_itself(run, capsys):
+    assert doctor(capsys, run)[1]["status"] is None
+    values = {"state": "running", "step": 7, "steps": 9, "tokens": 3, "time": "t", "started": "t"}
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "began": "x", "machine": Process.here().machine}
+    (run / "status.json").write_text(json.dumps(values | dead))
+    status = doctor(capsys, run)[1]["status"]
+    assert (status["state"], status["alive"], status["step"]) == ("running", False, 7)
+    said = cli_main(capsys, "doctor", str(run))[1]
+    assert "status     killed: it says that it is running, and its process is dead at step 7 of 9, t\n" in said
+    ended = values | {"state": "stopped", "reason": "step 7 of rank 0"} | dead
+    (run / "status.json").write_text(json.dumps(ended))
+    assert "status     stopped at step 7 of 9, t: step 7 of rank 0\n" in cli_main(capsys, "doctor", str(run))[1]
+
+
+def test_where_a_branch_comes_from(run, capsys):
+    assert doctor(capsys, run)[1]["branched_from"] == ""
+    for path in ("/x/parent/checkpoint/step-4", "/x/parent/step-4"):
+        (run / "config.toml").write_text(f'[checkpoint]\nfolder = "checkpoint"\nbranch_from = "{path}"\n')
+        assert doctor(capsys, run)[1]["branched_from"] == "parent step 4"
+    (run / "config.toml").write_text('[checkpoint]\nfolder = "checkpoint"\nbranch_from = "none"\n')
+    assert doctor(capsys, run)[1]["branched_from"] == ""
 
 
 @pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
