@@ -122,6 +122,7 @@ class CheckpointManager(Upstream):
                 self.before_save()
             states = self._flattened_model_states_sd()
             self.dcp_save(states, checkpoint_id=checkpoint_id, async_mode=AsyncMode.DISABLED)
+            self._purge_stale_checkpoints()
             if self.after_save is not None:
                 self.after_save()
         return True
@@ -310,7 +311,11 @@ class CheckpointManager(Upstream):
         elif self._should_purge():
             k, every = self.keep_latest_k, self._keys.keep_every
             for step in to_remove(folder, keep_latest=k, keep_every=every, protected=[self._newest]):
-                self.purge_queue.put(str(take_away(folder, step)))
+                try:
+                    self.purge_queue.put(str(take_away(folder, step)))
+                except OSError as error:
+                    # One more checkpoint than is wanted is no reason to end a run.
+                    logger.warning(f"{folder / f'step-{step}'} cannot be removed: {error.strerror or error}")
 
     def _wait_for_saving(self) -> None:
         """Wait for the save in the background, as TorchTitan does; where it has failed, leave nothing of it."""

@@ -10,7 +10,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from nitp_titan.checkpoints import space
-from nitp_titan.checkpoints.disk import is_of_the_disk, saving
+from nitp_titan.checkpoints.disk import is_of_the_disk, whole_or_nothing
+from nitp_titan.checkpoints.folder import saving
 from nitp_titan.checkpoints.space import bytes_of, require_space
 from nitp_titan.runs.errors import DiskError
 from nitp_titan.training.ending import ending
@@ -37,15 +38,15 @@ def no_space(path: str = "") -> OSError:
     ],
 )
 def test_what_the_disk_says_is_one_line_and_the_unfinished_folder_is_removed(tmp_path, error):
-    unfinished, earlier = tmp_path / "step-4", tmp_path / "step-2"
-    for folder in (unfinished, earlier):
+    final, earlier = tmp_path / "step-4", tmp_path / "step-2"
+    for folder in (saving(final), earlier):
         folder.mkdir()
         (folder / "__0_0.distcp").write_bytes(b"x")
     (earlier / ".metadata").touch()
-    with pytest.raises(DiskError) as said, saving(unfinished):
+    with pytest.raises(DiskError) as said, whole_or_nothing(final):
         raise error
     assert str(said.value) == (
-        f"The checkpoint {unfinished} is not saved: step-4/__1_0.distcp: No space left on device; free space there, or "
+        f"The checkpoint {final} is not saved: step-4/__1_0.distcp: No space left on device; free space there, or "
         "give another job.dump_folder"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2"]
@@ -53,17 +54,19 @@ def test_what_the_disk_says_is_one_line_and_the_unfinished_folder_is_removed(tmp
 
 
 def test_a_complete_checkpoint_is_never_removed(tmp_path):
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(DiskError), saving(tmp_path):
+    final = tmp_path / "step-4"
+    final.mkdir()
+    (final / ".metadata").touch()
+    with pytest.raises(DiskError), whole_or_nothing(final):
         raise no_space()
-    assert tmp_path.exists()
+    assert (final / ".metadata").exists()
 
 
 def test_what_is_not_the_disks_stays_what_it_is(tmp_path):
     mistake = CheckpointException("save", {0: _wrap_exception(raised(KeyError("weight")))})
-    with pytest.raises(CheckpointException), saving(tmp_path / "step-1"):
+    with pytest.raises(CheckpointException), whole_or_nothing(tmp_path / "step-1"):
         raise mistake
-    with pytest.raises(RuntimeError, match="shape"), saving(tmp_path / "step-1"):
+    with pytest.raises(RuntimeError, match="shape"), whole_or_nothing(tmp_path / "step-1"):
         raise RuntimeError("shape")
 
 
@@ -99,7 +102,7 @@ def test_a_file_that_is_cut_short_under_torchs_writer_is_the_disks(tmp_path):
         def flush(self):
             pass
 
-    with pytest.raises(DiskError), saving(tmp_path / "step-1"):
+    with pytest.raises(DiskError), whole_or_nothing(tmp_path / "step-1"):
         torch.save({"a": torch.zeros(100_000)}, Full())
 
 
