@@ -75,8 +75,11 @@ class Signals:
 
     def _listen(self) -> None:
         since = 0.0
+        # select() takes no file above number 1,023, and a corpus of many shards has that many.
+        ready = select.poll()
+        ready.register(self._read, select.POLLIN)
         while not self._closed:
-            if select.select([self._read], [], [], 0.5)[0]:
+            if ready.poll(500):
                 for number in os.read(self._read, 64):
                     if number not in self._numbers:
                         continue

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import resource
 import signal
 import sys
 import time
 
 from nitp_titan import train
-from nitp_titan.training.signals import NAMES
+from nitp_titan.training.signals import NAMES, Signals
 from tests.helpers.commands import call, losses
 from tests.helpers.signalled import TRAIN, small_job, started
 
@@ -84,3 +87,26 @@ def test_a_signal_before_anything_is_trained_ends_the_process_with_0(tmp_path, c
     )
     assert [signal.getsignal(getattr(signal, name)) for name in NAMES] == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_are_heard_where_a_process_has_many_files_open(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    plain = os.pipe
+
+    def high() -> tuple[int, int]:
+        low = plain()
+        found = tuple(fcntl.fcntl(number, fcntl.F_DUPFD, 1100) for number in low)
+        for number in low:
+            os.close(number)
+        return found
+
+    monkeypatch.setattr(os, "pipe", high)
+    signals = Signals()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.noted.wait(10)
+        assert signals.first == "SIGUSR1"
+    finally:
+        signals.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
