@@ -146,6 +146,8 @@ class Agent:
     def __init__(self, words: list[str]):
         self._words = words
         self._first: float | None = None
+        self._number = 0
+        self._told: set[int] = set()
         self._failure: BaseException | None = None
         self._done = threading.Event()
 
@@ -155,10 +157,24 @@ class Agent:
             signal.signal(getattr(signal, name), self._handle)
         thread = threading.Thread(target=self._run, name="torchrun", daemon=True)
         thread.start()
-        while not self._done.wait(1):
-            pass
+        while not self._done.wait(0.2):
+            self._pass_on()
         thread.join()
-        return exit_code_of(self._failure)
+        code, reason = exit_code_of(self._failure)
+        if self._number and (not self._told or ended_by(self._failure, self._number)):
+            # No rank has come so far that it takes signals.
+            name = signal.Signals(self._number).name
+            print(f"Interrupted by {name} before the first step: nothing is lost. The same command goes on", flush=True)
+            return 0, ""
+        return code, reason
+
+    def _pass_on(self) -> None:
+        """Pass the signal that there was on to the ranks that have not had it: some may have been started since."""
+        for pid in children() if self._number else ():
+            if pid not in self._told:
+                self._told.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self._number)
 
     def _run(self) -> None:
         try:
@@ -176,10 +192,8 @@ class Agent:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Pass the first signal on; kill the ranks at a second one."""
         if self._first is None:
-            self._first = time.monotonic()
-            for pid in children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            self._first, self._number = time.monotonic(), number
+            self._pass_on()
         elif time.monotonic() - self._first >= SAME_S:
             for pid in children():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -197,6 +211,12 @@ def children() -> list[int]:
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (task / "children").read_text().split()]
     return found
+
+
+def ended_by(failure: Any, number: int) -> bool:
+    """Whether all ranks that failed were ended by a signal: the one that was passed on, or torchrun's to the rest."""
+    ranks = getattr(failure, "failures", None)
+    return bool(ranks) and all(one.exitcode in (-number, -signal.SIGTERM) for one in ranks.values())
 
 
 def exit_code_of(failure: Any) -> tuple[int, str]:

@@ -124,6 +124,7 @@ def train(config: NITPTrainer.Config, job: Job, signals: Signals) -> None:
             raise JobError([Problem(job.file, "", str(error))]) from error
         if isinstance(trainer.checkpointer, CheckpointManager):
             trainer.checkpointer.fingerprint = fingerprint(job)
+            trainer.checkpointer.said_elsewhere = {change.partition(" ")[0] for change in changes}
         if seeds:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
@@ -145,6 +146,8 @@ def train(config: NITPTrainer.Config, job: Job, signals: Signals) -> None:
         record.finish("interrupted", f"{name} before the first step")
         raise
     except BaseException as error:
+        if trainer is not None:
+            trainer.interruption.abandon()
         end = ending(error)
         record.finish(end.state, end.reason, end.exit_code)
         raise

@@ -10,8 +10,8 @@ from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoints.fit import a_few, of_every_rank
 from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafeReader, damaged_items, too_short
-from nitp_titan.runs.manifest import Manifest, ManifestError
-from nitp_titan.runs.steps import MARKS, METADATA, incomplete, steps_in
+from nitp_titan.runs.manifest import LATER_VERSION, Holds, Manifest, ManifestError
+from nitp_titan.runs.steps import MARKS, METADATA, complete_steps, incomplete, steps_in
 
 T = TypeVar("T")
 
@@ -36,8 +36,12 @@ def latest_whole(folder: Path, *, checksums: bool) -> int | None:
     for step in reversed(of_first_rank(steps_in(folder))):
         place = folder / f"step-{step}"
         reason = reason_against(place, checksums=checksums)
-        if not reason:
+        if not reason and not (step == 0 and passed_over):
             return step
+        if not reason:
+            break  # a seed: to start from it would be to start anew
+        if LATER_VERSION in reason:
+            raise NoWholeCheckpoint(f"{place}: {reason}")
         logger.warning(f"{place} is passed over: {reason}")
         # What was killed while TorchTitan saved it never was a checkpoint.
         if of_first_rank(any((place / mark).exists() for mark in MARKS)):
@@ -49,12 +53,25 @@ def latest_whole(folder: Path, *, checksums: bool) -> int | None:
 
 def reason_against(place: Path, *, checksums: bool) -> str:
     """Return why a checkpoint cannot be trusted, found by all ranks together and the same on each; else empty."""
-    reason = of_first_rank(_reason_by_size(place))
+    reason = of_first_rank(_reason_by_size(place) if is_first_rank() else "")
     if reason or not checksums:
         return reason
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     wrong = of_every_rank(_damage(place, rank, ranks))
     return a_few([line for of_rank in wrong for line in of_rank])
+
+
+def what_is_held(folder: Path, step: int) -> tuple[Holds, int]:
+    """Return what a step's checkpoint holds, and the latest step of which everything is held; -1 for none."""
+    held = {other: Manifest.read(folder / f"step-{other}") for other in complete_steps(folder, MARKS)}
+    full = [other for other, manifest in held.items() if manifest and manifest.holds == "everything"]
+    own = held.get(step)
+    return own.holds if own else "everything", max(full, default=-1)
+
+
+def is_first_rank() -> bool:
+    """Whether this rank is the one that decides."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def of_first_rank(value: T) -> T:
@@ -74,10 +91,15 @@ def _reason_by_size(place: Path) -> str:
     if not (place / METADATA).is_file():
         return ""  # in Hugging Face's format
     try:
-        metadata = SafeReader(place).read_metadata()
-    except CheckpointUnreadable as error:
+        # Before anything is made of them: what a flipped bit makes of metadata is still metadata now and then.
+        manifest = Manifest.read(place)
+        if manifest is not None and (wrong := manifest.wrong_checksums(place, [METADATA])):
+            return wrong[0]
+        return a_few(too_short(place, SafeReader(place).read_metadata()))
+    except (CheckpointUnreadable, ManifestError) as error:
         return str(error)
-    return a_few(too_short(place, metadata))
+    except Exception as error:  # ranks wait for what this one has found
+        return f"its {METADATA} cannot be read ({type(error).__name__})"
 
 
 def _damage(place: Path, rank: int, ranks: int) -> list[str]:
@@ -94,3 +116,5 @@ def _damage(place: Path, rank: int, ranks: int) -> list[str]:
         return damaged_items(place, SafeReader(place).read_metadata(), lambda number: number % ranks == rank)
     except CheckpointUnreadable as error:
         return [str(error)]
+    except Exception as error:  # ranks wait for what this one has found
+        return [f"its {METADATA} cannot be read ({type(error).__name__})"]

@@ -15,6 +15,9 @@ from pathlib import Path
 from nitp_titan.runs.manifest import Manifest, ManifestError, sync_folder
 from nitp_titan.runs.steps import MARKS, complete_steps, is_complete, steps_in
 
+WENT_BACK = ".went-back-to"
+"""File that holds the step that a run has gone back to."""
+
 
 def saving(final: Path) -> Path:
     """Return where a checkpoint is written that is to be ``step-N``."""
@@ -43,12 +46,13 @@ def clean_up(folder: Path) -> list[str]:
         OSError: something cannot be renamed or removed.
     """
     lines = []
-    for name in sorted(path.name for path in folder.glob(".*-*") if path.is_dir()):
-        match = re.fullmatch(r"\.(saving|replaced|deleting)-(0|[1-9][0-9]*)", name)
-        if not match:
-            continue
-        left, final = folder / name, folder / f"step-{match[2]}"
-        if match[1] == "saving" and not final.exists() and _sealed(left):
+    names = (path.name for path in folder.glob(".*-*") if path.is_dir())
+    matches = [m for name in names if (m := re.fullmatch(r"\.(saving|replaced|deleting)-(0|[1-9][0-9]*)", name))]
+    # What was written last comes first: it replaces what was there before.
+    for match in sorted(matches, key=lambda match: (match[1] != "saving", match[0])):
+        left, final = folder / match[0], folder / f"step-{match[2]}"
+        if match[1] == "saving" and not is_complete(final, MARKS) and _sealed(left):
+            shutil.rmtree(final, ignore_errors=True)
             left.rename(final)
             lines.append(f"{final} had been saved whole, and is put in its place")
         elif match[1] == "replaced" and not final.exists() and is_complete(left, MARKS):
@@ -87,12 +91,17 @@ def take_away(folder: Path, step: int) -> Path:
     return left
 
 
-def set_aside(folder: Path, after: int) -> list[Path]:
+def set_aside(folder: Path, after: int, *, noted: bool = False) -> list[Path]:
     """Rename the checkpoints of later steps than one that a run goes back to; return where they are.
+
+    Args:
+        noted: whether it is noted, so that the same command goes on from what it saves after that.
 
     Raises:
         OSError: one cannot be renamed.
     """
+    if noted:
+        (folder / WENT_BACK).write_text(f"{after}\n", encoding="utf-8")
     found = []
     for step in steps_in(folder):
         if step <= after:
@@ -104,6 +113,15 @@ def set_aside(folder: Path, after: int) -> list[Path]:
         (folder / f"step-{step}").rename(place)
         found.append(place)
     return found
+
+
+def went_back_already(folder: Path, step: int) -> bool:
+    """Whether an earlier start has gone back to a step (``checkpoint.load_step``), and saved a later one since."""
+    try:
+        noted = int((folder / WENT_BACK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return noted == step and any(later > step for later in complete_steps(folder, MARKS))
 
 
 def _sealed(folder: Path) -> bool:

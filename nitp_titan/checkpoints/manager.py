@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torchtitan.components.checkpointer import CheckpointManager as Upstream
-from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER, TRAIN_STATE
+from torchtitan.components.checkpointer.base import MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
 from nitp_titan.checkpoints.disk import whole_or_nothing
-from nitp_titan.checkpoints.find import NoWholeCheckpoint, latest_whole, of_first_rank, reason_against
-from nitp_titan.checkpoints.fingerprint import Fingerprint, differences, refusals
-from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
-from nitp_titan.checkpoints.folder import clean_up, saving, set_aside, take_away, to_remove
+from nitp_titan.checkpoints.find import (
+    NoWholeCheckpoint,
+    is_first_rank,
+    latest_whole,
+    of_first_rank,
+    reason_against,
+    what_is_held,
+)
+from nitp_titan.checkpoints.fingerprint import Fingerprint
+from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face, of_every_rank
+from nitp_titan.checkpoints.folder import (
+    WENT_BACK,
+    clean_up,
+    saving,
+    set_aside,
+    take_away,
+    to_remove,
+    went_back_already,
+)
 from nitp_titan.checkpoints.keys import CheckpointKeys
 from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader, SafeRemoteReader
-from nitp_titan.checkpoints.same_run import check, refusal, without_what_the_checkpoint_lacks
+from nitp_titan.checkpoints.same_run import as_the_same_run, check, refusal, without_what_the_checkpoint_lacks
 from nitp_titan.checkpoints.space import require_space
 from nitp_titan.checkpoints.writer import WholeWriter, seal
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
 from nitp_titan.runs.manifest import NAME as MANIFEST
-from nitp_titan.runs.manifest import Manifest, ManifestError
 from nitp_titan.runs.steps import HF_INDEX, is_complete
 from nitp_titan.titan.spec import backbone_config
 
@@ -67,6 +82,12 @@ class CheckpointManager(Upstream):
 
     after_load: Callable[[], None] | None = None
     """Called after a checkpoint was loaded, into everything that is to have it."""
+
+    said_elsewhere: Collection[str] = ()
+    """Keys of a job of which it is said elsewhere that they differ from the run's earlier start."""
+
+    last_step = sys.maxsize
+    """The step at which the run is complete."""
 
     fingerprint: Fingerprint = {}
     """What this run is: is saved with each checkpoint, and compared with that of one that the run goes on from."""
@@ -117,7 +138,7 @@ class CheckpointManager(Upstream):
         self.maybe_wait_for_staging()
         self.maybe_wait_for_saving()
         checkpoint_id = self._create_checkpoint_id(step)
-        if self._local is None or not is_complete(Path(checkpoint_id)):
+        if self._local is None or not of_first_rank(is_complete(Path(checkpoint_id))):
             if self.before_save is not None:
                 self.before_save()
             states = self._flattened_model_states_sd()
@@ -133,6 +154,12 @@ class CheckpointManager(Upstream):
             return super()._load(step)
         if not self.load_only:
             self._all_together(lambda: [logger.warning(line) for line in clean_up(folder)] if folder.is_dir() else None)
+        if step >= 0 and not self.load_only and of_first_rank(went_back_already(folder, step)):
+            # The start that has gone back is this command's own: a restart goes on from what it has saved since.
+            hint = f"remove {folder / WENT_BACK} to go back once more"
+            logger.warning(f"checkpoint.load_step = {step} was gone back to by an earlier start; {hint}")
+            step = -1
+        goes_back = step >= 0
         if step == -1:
             try:
                 step = latest_whole(folder, checksums=self._keys.verify_checksums)
@@ -145,20 +172,44 @@ class CheckpointManager(Upstream):
         elif reason := reason_against(folder / f"step-{step}", checksums=self._keys.verify_checksums):
             raise refusal(folder / f"step-{step}", f"cannot be gone on from (checkpoint.load_step): {reason}")
         self._verified = step
+        if step > 0 and self._is_complete_without_state(folder, step):
+            return False
         loaded = super()._load(step)
         if loaded and step >= 0:
             self._newest = step
+            # A run that does not go on counting its steps replaces all that there is.
+            after = -1 if TRAIN_STATE in self.exclude_from_loading else step
             if not self.load_only:
-                self._all_together(lambda: self._set_aside(folder, step))
+                self._all_together(lambda: self._set_aside(folder, after, goes_back=goes_back))
         return loaded
+
+    def _is_complete_without_state(self, folder: Path, step: int) -> bool:
+        """Whether a run's latest checkpoint holds its weights alone, and the run had come to its end with it.
+
+        Raises:
+            JobError: it holds the weights alone, and the run is to go on.
+        """
+
+        holds, full = of_first_rank(what_is_held(folder, step) if is_first_rank() else ("", -1))
+        if holds == "everything":
+            return False
+        if step >= self.last_step:
+            self.states[TRAIN_STATE].load_state_dict({"step": step, "ntokens_seen": 0, "tokens_seen": 0})
+            return True
+        hint = f"; checkpoint.load_step = {full} goes back to the latest that it can go on from" if full >= 0 else ""
+        raise refusal(
+            folder / f"step-{step}",
+            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
+            f"not go on{hint}",
+        )
 
     def _find_load_step(self, folder: str = "") -> int:
         # What was found to be whole, not whatever has a name like one.
         return self._verified if not folder and self._local is not None else super()._find_load_step(folder)
 
     @staticmethod
-    def _set_aside(folder: Path, step: int) -> None:
-        if places := set_aside(folder, step):
+    def _set_aside(folder: Path, step: int, *, goes_back: bool) -> None:
+        if places := set_aside(folder, step, noted=goes_back):
             names = ", ".join(place.name for place in places)
             logger.warning(f"The run goes back to step-{step}: its later checkpoints are {names} now")
 
@@ -168,14 +219,16 @@ class CheckpointManager(Upstream):
         Raises:
             JobError: it could not be done, on all ranks alike.
         """
-        error = None
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        error, own = None, None
+        if is_first_rank():
             try:
                 work()
             except OSError as failure:
                 error = f"{failure.strerror or failure} ({failure.filename})"
+            except Exception as failure:  # the other ranks wait for what has become of it
+                error, own = f"{type(failure).__name__}: {failure}", failure
         if error := of_first_rank(error):
-            raise refusal(self.folder, f"cannot be changed: {error}")
+            raise own or refusal(self.folder, f"cannot be changed: {error}")
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.
@@ -187,17 +240,15 @@ class CheckpointManager(Upstream):
         folder = None if filesystem.is_remote(checkpoint_id) else Path(checkpoint_id)
         if folder is not None:
             self._check_whole(folder, from_hf)
-            state_dict = self._check_fingerprint(folder, state_dict)
+            allowed = self._keys.allow_changes
+            state_dict = as_the_same_run(folder, state_dict, self.fingerprint, allowed, self.said_elsewhere)
         if from_hf:
             self._check_hugging_face(state_dict, Path(checkpoint_id), from_quantized)
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         if folder is not None and of_first_rank((folder / HF_INDEX).is_file()):
-            raise refusal(
-                folder,
-                "is in Hugging Face's format: a run can start from it (checkpoint.initial_load_path with "
-                "initial_load_in_hf, another job.dump_folder), not go on",
-            )
+            start = "start from it (checkpoint.initial_load_path with initial_load_in_hf, another job.dump_folder)"
+            raise refusal(folder, f"is in Hugging Face's format: a run can {start}, not go on")
         reader = SafeReader(folder) if folder is not None else SafeRemoteReader(checkpoint_id)
         try:
             stored = reader.read_metadata().state_dict_metadata
@@ -221,32 +272,6 @@ class CheckpointManager(Upstream):
             return
         if reason := reason_against(folder, checksums=self._keys.verify_checksums):
             raise refusal(folder, f"cannot be loaded: {reason}")
-
-    def _check_fingerprint(self, folder: Path, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Compare what the run was; return the state without the data's where these start afresh.
-
-        A run that takes another's weights alone is a run of its own.
-        """
-        if TRAIN_STATE not in state_dict:
-            return state_dict
-        try:
-            manifest = Manifest.read(folder)
-        except ManifestError as error:
-            raise refusal(folder, f"cannot be loaded: {error}") from None
-        then: Fingerprint = of_first_rank(dict(manifest.fingerprint) if manifest else {})
-        found = differences(then, of_first_rank(self.fingerprint))
-        allowed = {*self._keys.allow_changes, *(("data",) if DATALOADER not in state_dict else ())}
-        if sentences := refusals(found, allowed):
-            raise refusal(folder, "; it ".join(sentences))
-        # What differs from the job of this run's earlier start is said with all else that is resumed.
-        own = folder.parent == self._local
-        for one in found:
-            if not own or one.group in ("layout", "versions"):
-                logger.warning(f"Goes on from {folder.name} with other {one.group}: {one}")
-        if DATALOADER in state_dict and any(one.group == "data" for one in found):
-            logger.warning("The data start afresh, since they are other data")
-            return {key: value for key, value in state_dict.items() if key != DATALOADER}
-        return state_dict
 
     @torch.no_grad()
     def dcp_save(
@@ -294,9 +319,16 @@ class CheckpointManager(Upstream):
     def _save_hugging_face(self, state_dict: dict[str, Any], final: Path, step: int, collect: bool) -> None:
         folder = saving(final)
         self._all_together(lambda: shutil.rmtree(folder, ignore_errors=True))
-        super().dcp_save(state_dict, str(folder), AsyncMode.DISABLED, collect, to_hf=True)
-        if dist.is_initialized():
-            dist.barrier()  # every rank has written its files
+        failure: BaseException | None = None
+        try:
+            super().dcp_save(state_dict, str(folder), AsyncMode.DISABLED, collect, to_hf=True)
+        except (Exception, dcp.api.CheckpointException) as error:  # the others wait for this rank's files
+            failure = error
+        failed = any(of_every_rank(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OSError(errno.EIO, "another rank could not write its part", str(folder))
 
         def finish() -> None:
             self._write_hf_config(folder)
@@ -305,8 +337,7 @@ class CheckpointManager(Upstream):
         self._all_together(finish)
 
     def _purge_stale_checkpoints(self) -> None:
-        folder = self._local
-        if folder is None:
+        if (folder := self._local) is None:
             super()._purge_stale_checkpoints()
         elif self._should_purge():
             k, every = self.keep_latest_k, self._keys.keep_every
@@ -319,6 +350,9 @@ class CheckpointManager(Upstream):
 
     def _wait_for_saving(self) -> None:
         """Wait for the save in the background, as TorchTitan does; where it has failed, leave nothing of it."""
+        if self._local is None:
+            super()._wait_for_saving()
+            return
         with whole_or_nothing(self._being_saved):
             super()._wait_for_saving()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +13,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER, TRAIN_STATE
 from torchtitan.tools.logging import logger
 
+from nitp_titan.checkpoints.find import is_first_rank, of_first_rank
+from nitp_titan.checkpoints.fingerprint import Fingerprint, differences, refusals
 from nitp_titan.checkpoints.fit import Misfit, of_every_rank
 from nitp_titan.checkpoints.random_state import RANDOM_STATE
 from nitp_titan.checkpoints.tokens_seen import TOKENS_SEEN
 from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
+from nitp_titan.runs.manifest import Manifest, ManifestError
 
 
 def refusal(checkpoint: Any, message: str) -> JobError:
@@ -76,6 +82,44 @@ def _other_data(loader: Any, stored: dict[str, Any]) -> list[str]:
 
 def _lacking(loader_state: dict[str, Any], stored: dict[str, Any]) -> set[str]:
     return {name for name in loader_state if name != "streams" and f"{DATALOADER}.{name}" not in stored}
+
+
+def as_the_same_run(
+    folder: Path,
+    state_dict: dict[str, Any],
+    fingerprint: Fingerprint,
+    allowed: Collection[str],
+    said_elsewhere: Collection[str],
+) -> dict[str, Any]:
+    """Compare what the run was; return the state without the data's where these start afresh.
+
+    A run that takes another's weights alone is a run of its own.
+
+    Args:
+        fingerprint: what the run is.
+        allowed: what may differ (``checkpoint.allow_changes``).
+        said_elsewhere: keys of which it need not be said that they differ.
+
+    Raises:
+        JobError: something else differs that may not.
+    """
+    if TRAIN_STATE not in state_dict:
+        return state_dict
+    manifest = None
+    # It was verified before, where it is one that is.
+    with contextlib.suppress(ManifestError):
+        manifest = Manifest.read(folder) if is_first_rank() else None
+    then: Fingerprint = of_first_rank(dict(manifest.fingerprint) if manifest else {})
+    found = differences(then, of_first_rank(fingerprint))
+    if sentences := refusals(found, {*allowed, *(("data",) if DATALOADER not in state_dict else ())}):
+        raise refusal(folder, "; it ".join(sentences))
+    for one in found:
+        if one.key not in said_elsewhere:
+            logger.warning(f"Goes on from {folder.name} with other {one.group}: {one}")
+    if DATALOADER in state_dict and any(one.group == "data" for one in found):
+        logger.warning("The data start afresh, since they are other data")
+        return {key: value for key, value in state_dict.items() if key != DATALOADER}
+    return state_dict
 
 
 class _Part(Stateful):

@@ -18,6 +18,7 @@ import xxhash
 NAME = "manifest.json"
 Holds = Literal["everything", "weights", "hugging face"]
 _VERSION = 1
+LATER_VERSION = "is of a later version of nitp_titan"
 _BLOCK = 1 << 22
 """Bytes that are read at a time."""
 
@@ -93,7 +94,7 @@ class Manifest:
             if checksum != _checksum(found):
                 raise ManifestError(f"its {NAME} is damaged: it does not have its own checksum")
             if found.pop("version") != _VERSION:
-                raise ManifestError(f"its {NAME} is of a later version of nitp_titan")
+                raise ManifestError(f"its {NAME} {LATER_VERSION}")
             return cls(**found | {"files": {name: Entry(**entry) for name, entry in found["files"].items()}})
         except ManifestError:
             raise

@@ -29,12 +29,31 @@ def keep_until(path: Path, last_step: int) -> int:
     dropped = len(lines) - len(kept)
     if dropped:
         beside = path.with_name(f".{path.name}.new")
-        with open(beside, "wb") as file:
-            file.writelines(line for _, line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as file:
+                file.writelines(line for _, line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
     return dropped
+
+
+def set_aside(path: Path, last_step: int) -> Path | None:
+    """Rename a file that has lines of later steps than ``last_step`` to ``NAME.1.SUFFIX``, ...; return where it is."""
+    try:
+        steps = [_step_of(line) for line in path.read_bytes().splitlines(keepends=True)]
+    except FileNotFoundError:
+        return None
+    if not any(step is not None and step > last_step for step in steps):
+        return None
+    number = 1
+    while (place := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(place)
+    return place
 
 
 def _step_of(line: bytes) -> int | None:

@@ -16,6 +16,7 @@ from nitp_titan.checkpoints.fingerprint import differences, refusals
 from nitp_titan.job.fingerprint import fingerprint
 from nitp_titan.job.job import Job
 from nitp_titan.runs.manifest import Manifest, ManifestError
+from nitp_titan.runs.metadata import named_in
 from nitp_titan.runs.origin import branched_from
 from nitp_titan.runs.status import is_alive, read_status
 from nitp_titan.runs.steps import MARKS, METADATA, incomplete, steps_in
@@ -37,10 +38,11 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
 
     Returns:
         ``run``, ``folder`` of the checkpoints; ``status``, what the run says of itself (None where it does not), with
-        ``alive``: whether its process lives; ``branched_from``, another run's checkpoint, or ""; ``checkpoints``, the
-        latest first, each with ``step``, ``holds`` (None where no manifest tells), ``saved``, ``bytes`` and ``problem``
-        ("" for a whole one); ``resumes_from``, a step or None; ``can_resume``; ``why_not``, lines; ``changes``, what
-        the job would change, lines; ``left``, what an interrupted save or a rollback has left.
+        ``alive``: whether its process lives; ``branched_from``, another run's checkpoint, or ""; ``checksums``, whether
+        they were read; ``checkpoints``, the latest first, each with ``step``, ``holds`` (None where that is unknown),
+        ``saved``, ``bytes`` and ``problem`` ("" for a whole one); ``resumes_from``, a step or None; ``can_resume``;
+        ``why_not``, lines; ``changes``, what the job would change, lines; ``left``, what an interrupted save or a
+        rollback has left.
 
     Raises:
         NoRun: there is no such folder, or it is no run's.
@@ -48,11 +50,18 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
     folder = _checkpoints(run, job)
     found = [_checkpoint(folder, step, checksums) for step in reversed(steps_in(folder))]
     whole = [one for one in found if not one["problem"]]
-    latest = whole[0] if whole else None
     why_not, changes = [], []
-    if latest is None:
+    step = job["checkpoint"]["load_step"] if job is not None else -1
+    if step >= 0:
+        whole = [one for one in whole if one["step"] == step]
+    latest = whole[0] if whole else None
+    if job is not None and not job["checkpoint"]["enable"]:
+        why_not.append("checkpoint.enable is false: the job would start anew")
+    elif latest is None and step >= 0:
+        why_not.append(f"checkpoint.load_step is {step}, of which there is no whole checkpoint")
+    elif latest is None:
         why_not.append(f"{folder} has no whole checkpoint" if found else f"{folder} has no checkpoint")
-    elif latest["holds"] not in (None, "everything"):
+    elif latest["holds"] != "everything" and latest["step"] > 0:
         why_not.append(
             f"step-{latest['step']} has no optimizer state: a run can start from it (checkpoint.initial_load_path), "
             "not go on"
@@ -65,6 +74,7 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
         "folder": str(folder),
         "status": _status(run),
         "branched_from": branched_from(run),
+        "checksums": checksums,
         "checkpoints": found,
         "resumes_from": latest["step"] if latest is not None and not why_not else None,
         "can_resume": not why_not,
@@ -90,7 +100,8 @@ def render(state: dict[str, Any]) -> str:
     lines += [f"would change: {line}" for line in state["changes"]]
     lines += [f"cannot go on: {line}" for line in state["why_not"]]
     if state["can_resume"]:
-        lines.append(f"goes on from step-{state['resumes_from']}")
+        read = "" if state["checksums"] else "; the run reads the checksums as well, as --checksums does"
+        lines.append(f"goes on from step-{state['resumes_from']}{read}")
     return "\n".join(lines)
 
 
@@ -112,12 +123,12 @@ def _checkpoints(run: Path, job: Job | None) -> Path:
     if not run.is_dir():
         raise NoRun(f"{run}: found {'a file' if run.exists() else 'nothing'}, expected the folder of a run")
     name = "checkpoint"
+    if job is not None:
+        return run / job["checkpoint"]["folder"]
     try:
         name = tomli.loads((run / "config.toml").read_text(encoding="utf-8"))["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):
-        if job is not None:
-            name = job["checkpoint"]["folder"]
-        elif not (run / name).is_dir():
+        if not (run / name).is_dir():
             raise NoRun(f"{run}: found no config.toml and no folder {name}, expected the folder of a run") from None
     return run / name
 
@@ -131,10 +142,10 @@ def _checkpoint(folder: Path, step: int, checksums: bool) -> dict[str, Any]:
         problem = problem or str(error)
     if checksums and manifest is not None and not problem:
         problem = "; ".join(manifest.wrong_checksums(place, manifest.files)[:3])
-    files = [path for path in place.rglob("*") if path.is_file()]
     holds = manifest.holds if manifest else None
-    if holds is None and not (place / METADATA).is_file():
-        holds = "hugging face" if not problem else None
+    if manifest is None and not problem:
+        holds, problem = _without_manifest(place)
+    files = [path for path in place.rglob("*") if path.is_file()]
     return {
         "step": step,
         "holds": holds,
@@ -142,6 +153,24 @@ def _checkpoint(folder: Path, step: int, checksums: bool) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in files),
         "problem": problem,
     }
+
+
+def _without_manifest(place: Path) -> tuple[str | None, str]:
+    """Return what a checkpoint of an older version, or of TorchTitan, holds, and what is wrong with it."""
+    if not (place / METADATA).is_file():
+        return "hugging face", ""
+    try:
+        names, files = named_in(place / METADATA)
+    except ValueError as error:
+        return None, str(error)
+    for name, end in sorted(files.items()):
+        try:
+            size = (place / name).stat().st_size
+        except OSError:
+            return None, f"{name} is missing"
+        if size < end:
+            return None, f"{name} has {size:,} bytes, of at least {end:,}"
+    return "everything" if any(name.startswith("optimizer.") for name in names) else "weights", ""
 
 
 def _changes(place: Path, job: Job) -> tuple[list[str], list[str]]:

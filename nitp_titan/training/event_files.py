@@ -24,7 +24,7 @@ class TensorBoardLogger(upstream.TensorBoardLogger):
         self._goes_on = any(folder.glob("events.out.tfevents.*"))
         super().__init__(str(folder), tag)
 
-    def go_on_from(self, step: int) -> None:
+    def go_on_from(self, step: int, *, saves: bool = True) -> None:
         """Say that what earlier starts logged of later steps than this one is void, as TensorBoard understands it."""
         if self._goes_on:
             # What SummaryWriter writes for purge_step, which it wants to know before the checkpoint is read.

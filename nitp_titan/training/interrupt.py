@@ -89,6 +89,15 @@ class Interruption:
             except Exception:
                 return
 
+    def abandon(self) -> None:
+        """Ask the store nothing any more, since the run has failed: a thread in it would abort a process that ends."""
+        if self._thread is None or self._closed:
+            return
+        self._closed = True
+        assert self._signals is not None
+        self._signals.noted.set()
+        self._thread.join(timeout=5)
+
     def _listen(self) -> None:
         try:
             self._wait_for_a_request()
@@ -102,7 +111,7 @@ class Interruption:
         period = max(0.5, self._world_size / 2000)
         while not self._closed:
             self._signals.noted.wait(period)
-            if self._closed:
+            if self._closed or self._signals.closed:
                 return
             if own := self._signals.first:
                 self._store.set(_REQUEST, own)

@@ -19,7 +19,7 @@ import torch.distributed
 from torchtitan.components import metrics as upstream
 from torchtitan.tools.logging import logger
 
-from nitp_titan.runs.metric_lines import keep_until
+from nitp_titan.runs.metric_lines import keep_until, set_aside
 from nitp_titan.runs.tags import (
     EFFECTIVE_RANK,
     MAX_LOAD,
@@ -65,12 +65,22 @@ class JsonlLogger(upstream.BaseLogger):
         # Appending, since a resumed run goes on in its folder; unbuffered, so that a killed one leaves whole lines.
         return open(path, "ab", buffering=0)
 
-    def go_on_from(self, step: int) -> None:
-        """Drop what earlier starts of the run logged of later steps than this one, and half a line of a killed one."""
-        path = str(self._file.name)
+    def go_on_from(self, step: int, *, saves: bool) -> None:
+        """Drop what earlier starts of the run logged of later steps than this one, and half a line of a killed one.
+
+        Args:
+            saves: whether this start saves checkpoints; the earlier one's are still there where it does not, and so is
+                then all that it logged, in a file of its own.
+        """
+        path = Path(str(self._file.name))
         self._file.close()
-        keep_until(Path(path), step)
-        self._file = self._open(path)
+        try:
+            if saves:
+                keep_until(path, step)
+            elif aside := set_aside(path, step):
+                logger.warning(f"This start saves no checkpoints: what earlier ones logged is {aside.name} now")
+        finally:
+            self._file = self._open(str(path))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         values = {tag: float(value) for tag, value in metrics.items()}
@@ -133,10 +143,10 @@ class MetricsProcessor(upstream.MetricsProcessor):
                 warn_unwritten(str(path), error)
         return loggers
 
-    def go_on_from(self, step: int) -> None:
+    def go_on_from(self, step: int, *, saves: bool = True) -> None:
         """Let what was logged of later steps than this one, before the run was resumed, be none of its curves."""
         for logger_of_run in self._run_loggers:
-            logger_of_run.go_on_from(step)
+            logger_of_run.go_on_from(step, saves=saves)
 
     def log(
         self,

@@ -43,7 +43,7 @@ class Signals:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._closed = False
+        self.closed = False
         self._numbers = [getattr(signal, name) for name in NAMES]
         self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
         for number in self._numbers:
@@ -55,9 +55,9 @@ class Signals:
 
     def close(self) -> None:
         """Listen no more."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -78,7 +78,7 @@ class Signals:
         # select() takes no file above number 1,023, and a corpus of many shards has that many.
         ready = select.poll()
         ready.register(self._read, select.POLLIN)
-        while not self._closed:
+        while not self.closed:
             if ready.poll(500):
                 for number in os.read(self._read, 64):
                     if number not in self._numbers:

@@ -27,11 +27,11 @@ class TolerantLogger(BaseLogger):
         except OSError as error:
             self._tell(error)
 
-    def go_on_from(self, step: int) -> None:
+    def go_on_from(self, step: int, *, saves: bool) -> None:
         """Have what was logged of later steps than this one be void, where the other logger can."""
         try:
             if go_on_from := getattr(self._inner, "go_on_from", None):
-                go_on_from(step)
+                go_on_from(step, saves=saves)
         except OSError as error:
             self._tell(error)
 

@@ -114,6 +114,7 @@ class NITPTrainer(Trainer):
         self.hooks: list[Hook] = [self.faults, self.expert_load, self.geometry]
         self.optimizers.register_step_pre_hook(lambda *args, **kwargs: self._tell("before_optimizer"))
         if isinstance(self.checkpointer, CheckpointManager):
+            self.checkpointer.last_step = config.training.steps
             self.checkpointer.before_save = self.faults.before_save
             self.checkpointer.after_save = lambda: self._tell("saved")
             self.checkpointer.after_load = self._say_what_is_resumed
@@ -167,7 +168,8 @@ class NITPTrainer(Trainer):
         batches = self._batches_of_step(data_iterator)
         if not self.steps_run:
             self._take_scheduled_rates()
-            self.metrics_processor.go_on_from(self.step - 1)
+            saves = self.checkpointer.enable and not getattr(self.checkpointer, "load_only", False)
+            self.metrics_processor.go_on_from(self.step - 1, saves=saves)
         self.steps_run += 1
         if isinstance(self.loss_fn, JointLoss):
             self._begin_nitp_step(batches)

@@ -82,11 +82,11 @@ def test_what_is_half_written_goes_away_and_what_is_whole_is_kept(tmp_path):
     assert complete_steps(tmp_path) == [2, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "step-2", "step-6"])
     assert lines == [
-        f"{tmp_path / '.deleting-1'}: what an interrupted removal had left is removed",
-        f"{tmp_path / 'step-2'} is put back: what was to replace it was not finished",
         f"{tmp_path / '.saving-4'}: what an interrupted save had left is removed",
         f"{tmp_path / 'step-6'} had been saved whole, and is put in its place",
         f"{tmp_path / '.saving-7'}: what an interrupted save had left is removed",
+        f"{tmp_path / '.deleting-1'}: what an interrupted removal had left is removed",
+        f"{tmp_path / 'step-2'} is put back: what was to replace it was not finished",
     ]
     assert clean_up(tmp_path) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
-from nitp_titan.checkpoints.folder import saving
+from nitp_titan.checkpoints.find import reason_against
+from nitp_titan.checkpoints.folder import WENT_BACK, saving
 from nitp_titan.checkpoints.manager import CheckpointManager
 from nitp_titan.job import JobError
 from nitp_titan.runs.manifest import NAME, Manifest
@@ -80,7 +82,7 @@ def test_a_checkpoint_is_its_files_and_their_checksums(whole):
         (lambda step: flip(next(step.glob("*.distcp")), 10**6), "is damaged: it has another checksum"),
         (lambda step: next(step.glob("*.distcp")).unlink(), "is missing"),
         (lambda step: os.truncate(next(step.glob("*.distcp")), 10**5), "has 100,000 bytes, not"),
-        (lambda step: flip(step / METADATA, 500), "its .metadata "),
+        (lambda step: flip(step / METADATA, 500), ".metadata is damaged: it has another checksum"),
         (lambda step: (step / METADATA).write_bytes(b""), "has 0 bytes, not"),
         (lambda step: (step / NAME).write_text("{}"), "its manifest.json is damaged"),
     ],
@@ -152,8 +154,50 @@ def test_a_step_that_is_gone_back_before_is_set_aside(whole, corpus, tmp_path, c
     folder = shutil.copytree(whole[0], tmp_path / "run")
     run(folder, corpus, steps=3, load_step=2)
     names = sorted(path.name for path in (folder / "checkpoint").iterdir())
-    assert names == ["abandoned-4", "abandoned-6", "step-2", "step-3"]
+    assert names == [WENT_BACK, "abandoned-4", "abandoned-6", "step-2", "step-3"]
     assert "The run goes back to step-2: its later checkpoints are abandoned-4, abandoned-6 now" in caplog.text
+    # The same command goes on from what it has saved since, as a restart does; unless it is told otherwise.
+    run(folder, corpus, steps=5, load_step=2)
+    assert "checkpoint.load_step = 2 was gone back to by an earlier start" in caplog.text
+    assert complete_steps(folder / "checkpoint") == [2, 3, 4, 5]
+    (folder / "checkpoint" / WENT_BACK).unlink()
+    run(folder, corpus, steps=3, load_step=2)
+    assert complete_steps(folder / "checkpoint") == [2, 3]
+    assert (folder / "checkpoint" / "abandoned-4.2").is_dir()
+
+
+def test_a_run_that_ended_with_its_weights_alone_is_complete(tmp_path, corpus):
+    folder = tmp_path / "run"
+    run(folder, corpus, steps=3, last_save_model_only=True)
+    run(folder, corpus, steps=3, last_save_model_only=True)  # nothing to train, and nothing wrong
+    with pytest.raises(JobError) as caught:
+        run(folder, corpus, steps=5, last_save_model_only=True)
+    assert "step-3: has no optimizer state" in str(caught.value)
+    assert str(caught.value).endswith("; checkpoint.load_step = 2 goes back to the latest that it can go on from")
+    run(folder, corpus, steps=5, load_step=2)
+    assert complete_steps(folder / "checkpoint") == [2, 4, 5]
+
+
+def test_a_run_that_counts_its_steps_anew_leaves_no_later_checkpoint(whole, corpus, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    run(folder, corpus, steps=3, exclude_from_loading=["train_state"])
+    assert complete_steps(folder / "checkpoint") == [2, 3]
+
+
+def test_any_flipped_bit_of_the_metadata_is_one_reason(whole, tmp_path):
+    generator = random.Random(0)
+    place = shutil.copytree(whole[0] / "checkpoint" / "step-6", tmp_path / "step-6")
+    content = (place / METADATA).read_bytes()
+    for sealed in (True, False):
+        if not sealed:
+            (place / NAME).unlink()
+        for _ in range(60):
+            changed = bytearray(content)
+            changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            (place / METADATA).write_bytes(changed)
+            reason = reason_against(place, checksums=False)
+            assert isinstance(reason, str)
+            assert reason or not sealed
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

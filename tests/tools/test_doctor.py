@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from nitp_titan.runs.manifest import NAME, Entry, Manifest
 from nitp_titan.runs.process import Process
@@ -17,12 +19,15 @@ from tests.helpers.commands import call, cli_main, debug_job
 
 
 def save(folder: Path, *, holds: str = "everything", sealed: bool = True, fingerprint: dict | None = None) -> Path:
+    if not sealed:
+        tensors = {"w": torch.ones(3), **({"optimizer": {"m": torch.ones(3)}} if holds == "everything" else {})}
+        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+        return folder
     folder.mkdir(parents=True)
     (folder / METADATA).write_text("metadata")
     (folder / "__0_0.distcp").write_bytes(b"x" * 100)
-    if sealed:
-        files = {name: Entry.of(folder / name) for name in (METADATA, "__0_0.distcp")}
-        Manifest.of(int(folder.name.rpartition("-")[2]), files, holds, fingerprint or {}).write(folder)
+    files = {name: Entry.of(folder / name) for name in (METADATA, "__0_0.distcp")}
+    Manifest.of(int(folder.name.rpartition("-")[2]), files, holds, fingerprint or {}).write(folder)
     return folder
 
 
@@ -46,7 +51,7 @@ def test_the_latest_whole_one_is_gone_on_from(run, capsys):
     assert [(one["step"], one["holds"], one["problem"]) for one in state["checkpoints"]] == [
         (6, "everything", ""),
         (4, "everything", ""),
-        (2, None, ""),
+        (2, "everything", ""),
     ]
     assert state["checkpoints"][1]["bytes"] == 108 + (run / "checkpoint" / "step-4" / NAME).stat().st_size
 
@@ -78,6 +83,36 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path, capsys):
     save(tmp_path / "checkpoint" / "step-2", sealed=False).joinpath(METADATA).unlink()
     code, state = doctor(capsys, tmp_path)
     assert (code, state["why_not"]) == (2, [f"{tmp_path / 'checkpoint'} has no whole checkpoint"])
+
+
+def test_a_checkpoint_of_an_older_version_is_looked_into(tmp_path, capsys):
+    place = save(tmp_path / "checkpoint" / "step-2", sealed=False)
+    shard = next(place.glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1000])
+    code, state = doctor(capsys, tmp_path)
+    assert (code, state["can_resume"]) == (2, False)
+    assert "bytes, of at least" in state["checkpoints"][0]["problem"]
+    shard.unlink()
+    assert doctor(capsys, tmp_path)[1]["checkpoints"][0]["problem"] == f"{shard.name} is missing"
+    shard.write_bytes(content)
+    (place / METADATA).write_bytes(b"")
+    assert doctor(capsys, tmp_path)[1]["checkpoints"][0]["problem"] == "its .metadata cannot be read (EOFError)"
+    save(tmp_path / "checkpoint" / "step-4", holds="weights", sealed=False)
+    code, state = doctor(capsys, tmp_path)
+    assert (code, state["checkpoints"][0]["holds"]) == (2, "weights")
+    save(tmp_path / "seeds" / "checkpoint" / "step-0", holds="weights")
+    assert doctor(capsys, tmp_path / "seeds")[1]["resumes_from"] == 0  # a seed is to start from
+
+
+def test_a_job_may_say_where_to_go_on_from(run, capsys):
+    job = ("--job.config_file", "train_configs/debug.toml", "--tokenizer.name=byte")
+    assert doctor(capsys, run, *job)[1]["resumes_from"] == 6
+    assert doctor(capsys, run, *job, "--checkpoint.load_step=4")[1]["resumes_from"] == 4
+    code, state = doctor(capsys, run, *job, "--checkpoint.load_step=5")
+    assert (code, state["why_not"]) == (2, ["checkpoint.load_step is 5, of which there is no whole checkpoint"])
+    code, state = doctor(capsys, run, *job, "--checkpoint.no-enable")
+    assert (code, state["why_not"]) == (2, ["checkpoint.enable is false: the job would start anew"])
 
 
 def test_what_is_left_and_what_is_nobodys(run, capsys):
@@ -134,7 +169,7 @@ def test_a_real_run_and_what_jobs_would_change(tmp_path):
     done = doctor(str(tmp_path / "run"))
     assert time.monotonic() - begin < 30  # under 5 s on a machine that has nothing else to do
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "goes on from step-4"
+    assert done.stdout.splitlines()[-1].startswith("goes on from step-4; the run reads the checksums")
     job = debug_job(tmp_path / "run", "--training.steps=6")
     done = doctor(str(tmp_path / "run"), *job, "--optimizer.lr=0.5", "--json")
     assert done.returncode == 0, done.stderr

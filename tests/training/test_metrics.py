@@ -38,7 +38,7 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 5, "a"')  # killed while writing
     resumed = JsonlLogger(str(path))
-    resumed.go_on_from(2)
+    resumed.go_on_from(2, saves=True)
     resumed.log({"a": 30}, 3)
     resumed.log({"a": 40}, 4)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
