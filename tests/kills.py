@@ -276,7 +276,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     """Run the matrix; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=15, help="in all, three a run (%(default)s)")
+    parser.add_argument("--kills", type=int, default=6, help="in all, three a run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--rows", type=Path, default=None, metavar="FILE.jsonl", help="a line for each run")
     arguments = parser.parse_args()
