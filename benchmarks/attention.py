@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
-from benchmarks.console import measure, show
+from benchmarks.console import at_least, measure, show
 from benchmarks.measure import DeviceClock, Spread
 from benchmarks.tiles import NAMES, TORCHS, Direction, candidates
 from nitp_titan.models.flavors import FLAVORS, Shape
@@ -343,11 +343,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="logs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (benchmarks/results/DEVICE/attention.json)")
     options = parser.parse_args(arguments)
-    for name, least in (("repeats", 1), ("steps", 1), ("workers", 1), ("sequences", 1), ("seq_len", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected at least {least}")
-    if options.mean_document < 0:
-        parser.error(f"--mean-document: found {options.mean_document}, expected at least 0")
+    at_least(parser, options, repeats=1, steps=1, workers=1, sequences=1, seq_len=1, mean_document=0)
     return options
 
 

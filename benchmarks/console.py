@@ -65,6 +65,13 @@ def quiet_logs(verbose: bool) -> Iterator[None]:
         root.setLevel(usual)
 
 
+def at_least(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:
+    """End the program with a message and exit code 2 where an option is less than it may be."""
+    for name, lowest in least.items():
+        if (found := getattr(options, name)) < lowest:
+            parser.error(f"--{name.replace('_', '-')}: found {found}, expected at least {lowest}")
+
+
 def measure(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a program on the device that its options choose; return the exit code: its own, or 2 for a wrong option."""
     try:

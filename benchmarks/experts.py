@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
-from benchmarks.console import measure, show
+from benchmarks.console import at_least, measure, show
 from benchmarks.measure import DeviceClock, Spread, take_turns_or_drop_out
 from benchmarks.roofline import Operation, expert_operations, seconds_of
 from nitp_titan.models.flavors import FLAVORS, Shape
@@ -220,9 +220,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="logs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (benchmarks/results/DEVICE/experts.json)")
     options = parser.parse_args(arguments)
-    for name in ("repeats", "steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, expected at least 1")
+    at_least(parser, options, repeats=1, steps=1)
     return options
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import results
-from benchmarks.console import measure, show
+from benchmarks.console import at_least, measure, show
 from benchmarks.measure import DeviceClock, Spread, overhead_by_round, overhead_of_medians, take_turns_or_drop_out
 from nitp_titan.nitp.config import CHUNK_TOKENS
 
@@ -55,9 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="logs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (benchmarks/results/DEVICE/loss.json)")
     options = parser.parse_args(arguments)
-    for name in ("repeats", "steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, expected at least 1")
+    at_least(parser, options, repeats=1, steps=1)
     return options
 
 

@@ -42,9 +42,9 @@ def throughput(results: Results) -> list[str]:
     """Return a table of training steps for each result of a GPU."""
     lines: list[str] = []
     for result in results.throughput:
+        job = f"`{result['config']}`, {result['tokens_per_step']:,} tokens a step"
         lines += [
-            f"`{result['config']}`, {result['tokens_per_step']:,} tokens a step, {result['ranks']} x "
-            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            f"{job}, {result['ranks']} x {_made_by(result)}",
             "",
             f"| variant | tokens/s | MFU | step ms (min .. max) | peak GiB | over {result['baseline']} | by round |",
             "|---|---|---|---|---|---|---|",
@@ -84,12 +84,16 @@ def cpu_ratios(results: Results) -> list[str]:
     return lines
 
 
+def _made_by(result: Mapping[str, Any]) -> str:
+    return f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:"
+
+
 def losses(results: Results) -> list[str]:
     """Return a table of the loss alone for each case of a GPU."""
     lines: list[str] = []
     for result in results.loss:
         lines += [
-            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            _made_by(result),
             "",
             "| tokens x vocabulary x width | implementation | ms (min .. max) | in ours | peak MiB | kept MiB |",
             "|---|---|---|---|---|---|",
@@ -185,7 +189,7 @@ def experts(results: Results) -> list[str]:
     lines: list[str] = []
     for result in results.experts:
         lines += [
-            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            _made_by(result),
             "",
             "| experts of a block, forward and backward | implementation | ms (min .. max) | TFLOPS | limit ms |",
             "|---|---|---|---|---|",
@@ -204,7 +208,7 @@ def attention(results: Results) -> list[str]:
     lines: list[str] = []
     for result in results.attention:
         lines += [
-            f"{result['device']}, torch {result['torch']}, commit {result['commit'][:9]}, {result['rounds']} rounds:",
+            _made_by(result),
             "",
             "| flex attention | tiles, warps, stages | ms (min .. max) | in torch's | error |",
             "|---|---|---|---|---|",

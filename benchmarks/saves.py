@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.console import measure, show
+from benchmarks.console import at_least, measure, show
 from benchmarks.measure import Spread, overhead_by_round
 
 
@@ -88,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="rounds (%(default)s)")
     parser.add_argument("--out", type=Path, default=results.RESULTS / "cpu" / "saves.json", help="JSON file")
     options = parser.parse_args(arguments)
-    for name in ("mib", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, expected at least 1")
+    at_least(parser, options, mib=1, repeats=1)
     options.device, options.verbose = "cpu", False
     return measure(run, options)
 

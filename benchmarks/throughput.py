@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.console import choose_device, compiled_alone, print_table, quiet_logs, show
+from benchmarks.console import at_least, choose_device, compiled_alone, print_table, quiet_logs, show
 from benchmarks.jobs import Data, Entry, load_entry
 from benchmarks.measure import DeviceClock
 from benchmarks.summary import summarize, table
@@ -53,9 +53,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--verbose", action="store_true", help="the trainers' logs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (benchmarks/results/DEVICE/...)")
     options = parser.parse_args(others)
-    for name, least in (("repeats", 1), ("steps", 1), ("settle", 0), ("warmup", 2), ("mean_document", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected at least {least}")
+    at_least(parser, options, repeats=1, steps=1, settle=0, warmup=2, mean_document=0)
     return options, words
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from nitp_titan.cli import check
 from nitp_titan.job import JobError, load_job
 from nitp_titan.runs.status import STATUS_FILE, is_alive, now, read_status, replace
-from nitp_titan.training.signals import NAMES, SAME_S
+from nitp_titan.training.signals import NAMES, SAME_S, before_the_first_step
 
 WORKER = "nitp_titan.train"
 FAILED = 1
@@ -164,7 +164,7 @@ class Agent:
         if self._number and (not self._told or ended_by(self._failure, self._number)):
             # No rank has come so far that it takes signals.
             name = signal.Signals(self._number).name
-            print(f"Interrupted by {name} before the first step: nothing is lost. The same command goes on", flush=True)
+            print(before_the_first_step(name), flush=True)
             return 0, ""
         return code, reason
 

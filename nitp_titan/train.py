@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from nitp_titan.data.errors import DataError
 from nitp_titan.job import Job, JobError, Problem, load_job
 from nitp_titan.job.reading.command_line import split_config_file
-from nitp_titan.training.signals import Interrupted, Signals
+from nitp_titan.training.signals import Interrupted, Signals, before_the_first_step
 
 if TYPE_CHECKING:
     from nitp_titan.training.run_record import RunRecord
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = build(job)
         train(config, job, signals)
     except Interrupted as name:
-        print(f"Interrupted by {name} before the first step: nothing is lost. The same command goes on", flush=True)
+        print(before_the_first_step(name), flush=True)
     except (JobError, DataError) as error:
         return _refuse(str(error))
     except Exception as error:
@@ -113,7 +113,7 @@ def train(config: NITPTrainer.Config, job: Job, signals: Signals) -> None:
     is_first = os.environ["RANK"] == "0"
     run_folder = Path(config.dump_folder)
     seeds = config.checkpoint.create_seed_checkpoint
-    record = RunRecord(run_folder, config.training.steps, is_first=is_first, locks=not seeds)
+    record = RunRecord(run_folder, config.training.steps, locks=not seeds)
     changes: list[str] = []
     trainer = None
     try:
@@ -123,7 +123,8 @@ def train(config: NITPTrainer.Config, job: Job, signals: Signals) -> None:
             # What the checks of the job could not see: it takes the data, the tokenizer or the model itself.
             raise JobError([Problem(job.file, "", str(error))]) from error
         if isinstance(trainer.checkpointer, CheckpointManager):
-            trainer.checkpointer.fingerprint = fingerprint(job)
+            # The first rank's is the one that is saved and compared.
+            trainer.checkpointer.fingerprint = fingerprint(job) if is_first else {}
             trainer.checkpointer.said_elsewhere = {change.partition(" ")[0] for change in changes}
         if seeds:
             trainer.checkpointer.save(curr_step=0, last_step=True)

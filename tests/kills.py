@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.runs.steps import steps_in
+from tests.helpers.signalled import Started
 
-ROOT = Path(__file__).parent.parent
 STEPS, INTERVAL, KEPT = 16, 2, 2
 KILLS_OF_A_RUN = 3
 LAST = f"step-{STEPS}"
@@ -69,9 +69,9 @@ LAYOUTS = {
 }
 
 
-def command(layout: Layout, folder: Path) -> list[str]:
+def command(layout: Layout, folder: Path) -> tuple[str, ...]:
     """Return the command that trains, and goes on."""
-    return [
+    return (
         *(sys.executable, "-m", "nitp_titan.cli", "train", layout.file, "--ngpu", str(layout.ranks)),
         f"--job.dump_folder={folder}",
         f"--training.steps={STEPS}",
@@ -79,44 +79,30 @@ def command(layout: Layout, folder: Path) -> list[str]:
         *("--metrics.log_freq=1", "--nitp.geometry_freq=5", "--lr_scheduler.warmup_steps=3"),
         *("--checkpoint.enable", f"--checkpoint.interval={INTERVAL}", f"--checkpoint.keep_latest_k={KEPT}"),
         *layout.words,
-    ]
+    )
 
 
-class Run:
-    """A command that is running, in a session of its own."""
+def descendants(run: Started) -> list[int]:
+    """Return the ids of a command's processes, its own first."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(stat.parent.name))
+    found = [run.process.pid]
+    for pid in found:
+        found += parents.get(pid, [])
+    return found
 
-    def __init__(self, words: list[str], log: Path):
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        with log.open("a") as output:
-            self.process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
 
-    def descendants(self) -> list[int]:
-        """Return the ids of its processes, itself first."""
-        parents: dict[int, list[int]] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError, ValueError):
-                parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
-                    int(stat.parent.name)
-                )
-        found = [self.process.pid]
-        for pid in found:
-            found += parents.get(pid, [])
-        return found
-
-    def ranks(self) -> list[int]:
-        """Return the ids of the processes that are a rank."""
-        found = []
-        for pid in self.descendants():
-            with contextlib.suppress(OSError):
-                if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
-                    found.append(pid)
-        return found or [self.process.pid]
-
-    def ended(self, seconds: float = 180) -> int:
-        """Wait for the end; return the exit code."""
-        return self.process.wait(timeout=seconds)
+def ranks(run: Started) -> list[int]:
+    """Return the ids of the processes that are a rank; the command's own where none is yet."""
+    found = []
+    for pid in descendants(run):
+        with contextlib.suppress(OSError):
+            if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+    return found or [run.process.pid]
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -129,7 +115,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def wait_for(moment: str, run: Run, folder: Path, generator: random.Random) -> str:
+def wait_for(moment: str, run: Started, folder: Path, generator: random.Random) -> str:
     """Wait for the moment of a kill, or for the end of the run; return what it was."""
     if moment == "starting":
         seconds = generator.uniform(0.1, 9)
@@ -151,16 +137,16 @@ def wait_for(moment: str, run: Run, folder: Path, generator: random.Random) -> s
     return f"{'saving after ' if saving else ''}step {target}"
 
 
-def kill(kind: str, run: Run, generator: random.Random) -> None:
+def kill(kind: str, run: Started, generator: random.Random) -> None:
     """Kill what is left of a run."""
     if kind == "term":
         targets, number = [run.process.pid], signal.SIGTERM
     elif kind == "launcher":
         targets, number = [run.process.pid], signal.SIGKILL
     elif kind == "rank":
-        targets, number = [generator.choice(run.ranks())], signal.SIGKILL
+        targets, number = [generator.choice(ranks(run))], signal.SIGKILL
     else:
-        targets, number = run.descendants(), signal.SIGKILL
+        targets, number = descendants(run), signal.SIGKILL
     for pid in targets:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -213,29 +199,24 @@ def disturbed(number: int, seed: int, work: Path, reference: Path, name: str) ->
     """Kill a run a few times, go on with it to its end, and compare; return its row."""
     generator = random.Random(f"{seed}/{number}")
     layout, folder = LAYOUTS[name], work / f"run-{number}"
-    log = folder.with_suffix(".log")
     kills: list[str] = []
-    wrong = ""
+    wrong = said = ""
     for _ in range(KILLS_OF_A_RUN):
         kind, moment = generator.choice(KINDS), generator.choice(MOMENTS)
-        run = Run(command(layout, folder), log)
+        run = Started(command(layout, folder), log_of(folder))
         when = wait_for(moment, run, folder, generator)
         ended = run.process.poll()
         if ended is None:
             kill(kind, run, generator)
-        code = run.ended()
+        code = run.ended(180)
+        said += run.said
         kills.append(f"{kind}, {when}" + (": it had ended" if ended is not None else ""))
         if code == 2:
             wrong = wrong or f"refused after: {'; '.join(kills)}"
-    code = 0
-    # Until it is through: a rank may just have been lost, or the folder be watched for a sign of life.
-    for _ in range(2):
-        if (code := Run(command(layout, folder), log).ended(300)) in (0, 2):
-            break
-    said = log.read_text()
-    if code:
+    run = Started(command(layout, folder), log_of(folder))
+    if code := run.ended(300):
         wrong = wrong or f"exit code {code} without a kill"
-    elif "is passed over" in said:
+    elif "is passed over" in said + run.said:
         wrong = wrong or "a checkpoint was passed over"
     return {
         "run": number,
@@ -247,12 +228,17 @@ def disturbed(number: int, seed: int, work: Path, reference: Path, name: str) ->
     }
 
 
+def log_of(folder: Path) -> Path:
+    """Return where the present start of a run writes what it says."""
+    return folder.with_suffix(".log")
+
+
 def undisturbed(name: str, work: Path) -> Path:
     """Return a run that nobody disturbs, which is made once."""
     folder = work / f"whole-{name.replace(' ', '-').replace(',', '')}"
     if not (folder / "checkpoint" / LAST).is_dir():
-        code = Run(command(LAYOUTS[name], folder), folder.with_suffix(".log")).ended(300)
-        assert code == 0, folder.with_suffix(".log").read_text()
+        run = Started(command(LAYOUTS[name], folder), log_of(folder))
+        assert run.ended(300) == 0, run.said
         assert steps_in(folder / "checkpoint")[-1] == STEPS
     return folder
 
@@ -301,7 +287,7 @@ def main() -> int:
                 flush=True,
             )
             if row["differs"]:
-                print((work / f"run-{number}.log").read_text()[-3000:], flush=True)
+                print(log_of(work / f"run-{number}").read_text()[-3000:], flush=True)
     print(*table(rows), sep="\n")
     return int(any(row["differs"] for row in rows))
 

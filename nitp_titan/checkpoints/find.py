@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 from torch import distributed as dist
 from torchtitan.tools.logging import logger
 
-from nitp_titan.checkpoints.fit import a_few, of_every_rank
-from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafeReader, damaged_items, too_short
+from nitp_titan.checkpoints.fit import a_few
+from nitp_titan.checkpoints.ranks import is_first_rank, of_every_rank, of_first_rank
+from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafeReader, damaged_items, ends_of_files
 from nitp_titan.runs.manifest import LATER_VERSION, Holds, Manifest, ManifestError
+from nitp_titan.runs.metadata import too_short
 from nitp_titan.runs.steps import MARKS, METADATA, complete_steps, incomplete, steps_in
-
-T = TypeVar("T")
 
 
 class NoWholeCheckpoint(ValueError):
@@ -69,20 +68,6 @@ def what_is_held(folder: Path, step: int) -> tuple[Holds, int]:
     return own.holds if own else "everything", max(full, default=-1)
 
 
-def is_first_rank() -> bool:
-    """Whether this rank is the one that decides."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def of_first_rank(value: T) -> T:
-    """Return what the first rank has: what a folder holds may look otherwise elsewhere a moment later."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def _reason_by_size(place: Path) -> str:
     if not place.is_dir():
         return "there is no such folder"
@@ -95,7 +80,7 @@ def _reason_by_size(place: Path) -> str:
         manifest = Manifest.read(place)
         if manifest is not None and (wrong := manifest.wrong_checksums(place, [METADATA])):
             return wrong[0]
-        return a_few(too_short(place, SafeReader(place).read_metadata()))
+        return a_few(too_short(place, ends_of_files(SafeReader(place).read_metadata())))
     except (CheckpointUnreadable, ManifestError) as error:
         return str(error)
     except Exception as error:  # ranks wait for what this one has found

@@ -7,16 +7,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer.base import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 
 from nitp_titan.checkpoints.random_state import RANDOM_STATE
-
-T = TypeVar("T")
+from nitp_titan.checkpoints.ranks import of_every_rank
 
 TRAINER_STATES = (DATALOADER, LR_SCHEDULER, OPTIMIZER, RANDOM_STATE, TRAIN_STATE)
 """What a training checkpoint holds besides the model: the first part of its names."""
@@ -112,15 +110,6 @@ def in_several_files(stored: Mapping[str, Any]) -> list[str]:
     return [
         name for name, entry in entries.items() if len({chunk.offsets for chunk in entry.chunks}) < len(entry.chunks)
     ]
-
-
-def of_every_rank(value: T) -> list[T]:
-    """Return the value of each rank, in their order; of this process alone where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def a_few(names: Collection[str], limit: int = 3) -> str:

@@ -75,7 +75,9 @@ def to_remove(folder: Path, *, keep_latest: int, keep_every: int, protected: Col
     """
     if not keep_latest:
         return []
-    counted = [step for step in complete_steps(folder, MARKS) if not (keep_every and step and step % keep_every == 0)]
+    # What is kept for good is not looked into, since this is done at every save, and there may be many.
+    others = [step for step in steps_in(folder) if not (keep_every and step and step % keep_every == 0)]
+    counted = [step for step in others if is_complete(folder / f"step-{step}", MARKS)]
     return [step for step in counted[:-keep_latest] if step not in protected]
 
 

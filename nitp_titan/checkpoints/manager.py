@@ -22,16 +22,9 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
 from nitp_titan.checkpoints.disk import whole_or_nothing
-from nitp_titan.checkpoints.find import (
-    NoWholeCheckpoint,
-    is_first_rank,
-    latest_whole,
-    of_first_rank,
-    reason_against,
-    what_is_held,
-)
+from nitp_titan.checkpoints.find import NoWholeCheckpoint, latest_whole, reason_against, what_is_held
 from nitp_titan.checkpoints.fingerprint import Fingerprint
-from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face, of_every_rank
+from nitp_titan.checkpoints.fit import Misfit, a_few, in_several_files, not_read_from_hugging_face
 from nitp_titan.checkpoints.folder import (
     WENT_BACK,
     clean_up,
@@ -42,6 +35,7 @@ from nitp_titan.checkpoints.folder import (
     went_back_already,
 )
 from nitp_titan.checkpoints.keys import CheckpointKeys
+from nitp_titan.checkpoints.ranks import failure_of_first_rank, is_first_rank, of_every_rank, of_first_rank
 from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader, SafeRemoteReader
 from nitp_titan.checkpoints.same_run import as_the_same_run, check, refusal, without_what_the_checkpoint_lacks
 from nitp_titan.checkpoints.space import require_space
@@ -49,6 +43,7 @@ from nitp_titan.checkpoints.writer import WholeWriter, seal
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.models.hf.architectures import hf_config
 from nitp_titan.runs.manifest import NAME as MANIFEST
+from nitp_titan.runs.manifest import WEIGHTS_ALONE
 from nitp_titan.runs.steps import HF_INDEX, is_complete
 from nitp_titan.titan.spec import backbone_config
 
@@ -189,7 +184,6 @@ class CheckpointManager(Upstream):
         Raises:
             JobError: it holds the weights alone, and the run is to go on.
         """
-
         holds, full = of_first_rank(what_is_held(folder, step) if is_first_rank() else ("", -1))
         if holds == "everything":
             return False
@@ -197,11 +191,7 @@ class CheckpointManager(Upstream):
             self.states[TRAIN_STATE].load_state_dict({"step": step, "ntokens_seen": 0, "tokens_seen": 0})
             return True
         hint = f"; checkpoint.load_step = {full} goes back to the latest that it can go on from" if full >= 0 else ""
-        raise refusal(
-            folder / f"step-{step}",
-            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
-            f"not go on{hint}",
-        )
+        raise refusal(folder / f"step-{step}", f"{WEIGHTS_ALONE}{hint}")
 
     def _find_load_step(self, folder: str = "") -> int:
         # What was found to be whole, not whatever has a name like one.
@@ -217,18 +207,13 @@ class CheckpointManager(Upstream):
         """Have the first rank do what concerns the folder, and the others wait for it.
 
         Raises:
-            JobError: it could not be done, on all ranks alike.
+            JobError: the disk does not let it, on all ranks alike; as does any other exception of the first rank's.
         """
-        error, own = None, None
-        if is_first_rank():
-            try:
-                work()
-            except OSError as failure:
-                error = f"{failure.strerror or failure} ({failure.filename})"
-            except Exception as failure:  # the other ranks wait for what has become of it
-                error, own = f"{type(failure).__name__}: {failure}", failure
-        if error := of_first_rank(error):
-            raise own or refusal(self.folder, f"cannot be changed: {error}")
+        error = failure_of_first_rank(work)
+        if isinstance(error, OSError):
+            raise refusal(self.folder, f"cannot be changed: {error.strerror or error} ({error.filename})")
+        if error is not None:
+            raise error
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load a checkpoint into ``state_dict`` and the model, as TorchTitan does.

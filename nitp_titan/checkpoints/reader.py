@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from nitp_titan.runs.metadata import ends
 from nitp_titan.runs.steps import METADATA
 
 _CLASSES = {
@@ -116,21 +116,10 @@ class SafePlanner(DefaultLoadPlanner):
             self.state_dict[name] = found
 
 
-def too_short(folder: Path, metadata: Metadata) -> list[str]:
-    """Return what is wrong with the files of a checkpoint without a manifest, as far as their sizes tell."""
-    ends: dict[str, int] = defaultdict(int)
-    for place in _places(metadata):
-        ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)
-    found = []
-    for name, end in sorted(ends.items()):
-        try:
-            size = (folder / name).stat().st_size
-        except OSError:
-            found.append(f"{name} is missing")
-            continue
-        if size < end:
-            found.append(f"{name} has {size:,} bytes, of at least {end:,}")
-    return found
+def ends_of_files(metadata: Metadata) -> dict[str, int]:
+    """Return a checkpoint's files with the bytes that each has at the least."""
+    places = cast(Mapping[Any, Any], metadata.storage_data or {}).values()
+    return ends((place.relative_path, place.offset + place.length) for place in places)
 
 
 def damaged_items(folder: Path, metadata: Metadata, mine: Callable[[int], bool]) -> list[str]:
@@ -160,7 +149,3 @@ def damaged_items(folder: Path, metadata: Metadata, mine: Callable[[int], bool])
         if not whole:
             found.append(f"{index.fqn} in {place.relative_path} is damaged")
     return found
-
-
-def _places(metadata: Metadata) -> Iterable[Any]:
-    return cast(Mapping[Any, Any], metadata.storage_data or {}).values()

@@ -13,15 +13,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer.base import DATALOADER, OPTIMIZER, TRAIN_STATE
 from torchtitan.tools.logging import logger
 
-from nitp_titan.checkpoints.find import is_first_rank, of_first_rank
 from nitp_titan.checkpoints.fingerprint import Fingerprint, differences, refusals
-from nitp_titan.checkpoints.fit import Misfit, of_every_rank
+from nitp_titan.checkpoints.fit import Misfit
 from nitp_titan.checkpoints.random_state import RANDOM_STATE
+from nitp_titan.checkpoints.ranks import is_first_rank, of_every_rank, of_first_rank
 from nitp_titan.checkpoints.tokens_seen import TOKENS_SEEN
 from nitp_titan.data.loader import ADDED_LATER
 from nitp_titan.job.errors import JobError, Problem
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
-from nitp_titan.runs.manifest import Manifest, ManifestError
+from nitp_titan.runs.manifest import WEIGHTS_ALONE, Manifest, ManifestError
 
 
 def refusal(checkpoint: Any, message: str) -> JobError:
@@ -45,10 +45,7 @@ def check(state_dict: dict[str, Any], stored: dict[str, Any], checkpoint_id: str
         misfit = misfit.without(known)
     wrong = misfit.sentences()
     if OPTIMIZER in state_dict and not any(name.startswith(f"{OPTIMIZER}.") for name in stored):
-        wrong.append(
-            "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), "
-            "not go on"
-        )
+        wrong.append(WEIGHTS_ALONE)
     wrong += _other_data(state_dict.get(DATALOADER), stored)
     if wrong:
         raise refusal(checkpoint_id, "; it ".join(wrong))

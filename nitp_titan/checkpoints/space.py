@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_leaves
 from torchtitan.components.checkpointer.base import OPTIMIZER
 
-from nitp_titan.checkpoints.fit import of_every_rank
+from nitp_titan.checkpoints.ranks import of_every_rank
 from nitp_titan.runs.errors import DiskError
 
 _MOMENTS = {"Adam": 2, "AdamW": 2}

@@ -11,10 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nitp_titan.checkpoints.fit import Misfit, a_few
-from nitp_titan.checkpoints.reader import CheckpointUnreadable, SafePlanner, SafeReader, damaged_items, too_short
+from nitp_titan.checkpoints.find import reason_against
+from nitp_titan.checkpoints.fit import Misfit
+from nitp_titan.checkpoints.reader import SafePlanner, SafeReader
 from nitp_titan.nitp.config import PROJECTOR_PREFIX
-from nitp_titan.runs.manifest import Manifest, ManifestError
 from nitp_titan.runs.steps import complete_steps, is_complete
 
 
@@ -58,20 +58,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reader = SafeReader(folder)
-        try:
-            metadata = self.reader.read_metadata()
-            manifest = Manifest.read(folder)
-            wrong = manifest.wrong_sizes(folder) if manifest else too_short(folder, metadata)
-            wrong = wrong or (
-                manifest.wrong_checksums(folder, manifest.files)
-                if manifest
-                else damaged_items(folder, metadata, lambda number: True)
-            )
-        except (CheckpointUnreadable, ManifestError) as error:
-            raise ExportError(f"{folder} cannot be read: {error}") from error
-        if wrong:
-            raise ExportError(f"{folder} cannot be read: {a_few(wrong)}")
-        self.entries = metadata.state_dict_metadata
+        if reason := reason_against(folder, checksums=True):
+            raise ExportError(f"{folder} cannot be read: {reason}")
+        self.entries = self.reader.read_metadata().state_dict_metadata
 
     def problems(self, model: dict[str, torch.Tensor]) -> list[str]:
         """Return in what the checkpoint differs from a model's state dict; the projector is not looked at."""

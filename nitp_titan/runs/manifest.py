@@ -18,6 +18,10 @@ import xxhash
 NAME = "manifest.json"
 Holds = Literal["everything", "weights", "hugging face"]
 _VERSION = 1
+WEIGHTS_ALONE = (
+    "has no optimizer state: a run can start from it (checkpoint.initial_load_path, another job.dump_folder), not go on"
+)
+"""Why a run does not go on from a checkpoint that holds less than everything."""
 LATER_VERSION = "is of a later version of nitp_titan"
 _BLOCK = 1 << 22
 """Bytes that are read at a time."""

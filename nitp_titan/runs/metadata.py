@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,30 @@ def named_in(metadata: Path) -> tuple[set[str], dict[str, int]]:
     try:
         with metadata.open("rb") as file:
             found = _Unpickler(file).load().state
-        ends: dict[str, int] = defaultdict(int)
-        for place in found["storage_data"].values():
-            stored = place.state
-            name, end = stored["relative_path"], stored["offset"] + stored["length"]
-            ends[name] = max(ends[name], end)
-        return set(found["state_dict_metadata"]), dict(ends)
+        stored = [place.state for place in found["storage_data"].values()]
+        files = ends((place["relative_path"], place["offset"] + place["length"]) for place in stored)
+        return set(found["state_dict_metadata"]), files
     except Exception as error:  # of a damaged pickle anything can come
         raise ValueError(f"its {metadata.name} cannot be read ({type(error).__name__})") from None
+
+
+def ends(places: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the largest end of each file's items."""
+    found: dict[str, int] = defaultdict(int)
+    for name, end in places:
+        found[name] = max(found[name], end)
+    return dict(found)
+
+
+def too_short(folder: Path, ends: Mapping[str, int]) -> list[str]:
+    """Return what is wrong with the files of a checkpoint without a manifest, as far as their sizes tell."""
+    found = []
+    for name, end in sorted(ends.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            found.append(f"{name} is missing")
+            continue
+        if size < end:
+            found.append(f"{name} has {size:,} bytes, of at least {end:,}")
+    return found

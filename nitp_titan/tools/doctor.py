@@ -15,8 +15,8 @@ import tomli
 from nitp_titan.checkpoints.fingerprint import differences, refusals
 from nitp_titan.job.fingerprint import fingerprint
 from nitp_titan.job.job import Job
-from nitp_titan.runs.manifest import Manifest, ManifestError
-from nitp_titan.runs.metadata import named_in
+from nitp_titan.runs.manifest import WEIGHTS_ALONE, Manifest, ManifestError
+from nitp_titan.runs.metadata import named_in, too_short
 from nitp_titan.runs.origin import branched_from
 from nitp_titan.runs.status import is_alive, read_status
 from nitp_titan.runs.steps import MARKS, METADATA, incomplete, steps_in
@@ -62,10 +62,7 @@ def examine(run: Path, job: Job | None = None, *, checksums: bool = False) -> di
     elif latest is None:
         why_not.append(f"{folder} has no whole checkpoint" if found else f"{folder} has no checkpoint")
     elif latest["holds"] != "everything" and latest["step"] > 0:
-        why_not.append(
-            f"step-{latest['step']} has no optimizer state: a run can start from it (checkpoint.initial_load_path), "
-            "not go on"
-        )
+        why_not.append(f"step-{latest['step']} {WEIGHTS_ALONE}")
     elif job is not None:
         refused, changes = _changes(folder / f"step-{latest['step']}", job)
         why_not += [f"step-{latest['step']} {sentence}" for sentence in refused]
@@ -163,13 +160,8 @@ def _without_manifest(place: Path) -> tuple[str | None, str]:
         names, files = named_in(place / METADATA)
     except ValueError as error:
         return None, str(error)
-    for name, end in sorted(files.items()):
-        try:
-            size = (place / name).stat().st_size
-        except OSError:
-            return None, f"{name} is missing"
-        if size < end:
-            return None, f"{name} has {size:,} bytes, of at least {end:,}"
+    if wrong := too_short(place, files):
+        return None, wrong[0]
     return "everything" if any(name.startswith("optimizer.") for name in names) else "weights", ""
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoints.manager import CheckpointManager
-from nitp_titan.training.signals import Signals
+from nitp_titan.training.signals import Signals, before_the_first_step
 
 if TYPE_CHECKING:
     from nitp_titan.training.trainer import NITPTrainer
@@ -78,10 +78,7 @@ class Interruption:
         """Take no part any more: this rank begins no further step."""
         if self._thread is None or self._closed:
             return
-        self._closed = True
-        assert self._signals is not None
-        self._signals.noted.set()
-        self._thread.join(timeout=5)
+        self.abandon()
         if not self._answered.is_set():
             # It has come to its last step, which is the answer to whoever asks now.
             try:
@@ -173,7 +170,7 @@ def end_interrupted(trainer: NITPTrainer) -> str:
     """
     name, step, checkpointer = trainer.interruption.signal, trainer.step, trainer.checkpointer
     if not trainer.steps_run:
-        return f"Interrupted by {name} before the first step of this start: nothing is lost. The same command goes on"
+        return before_the_first_step(name, " of this start")
     saved = False
     if isinstance(checkpointer, CheckpointManager):
         try:

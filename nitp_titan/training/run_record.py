@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoints.disk import disk_error
-from nitp_titan.runs.errors import RunError
+from nitp_titan.checkpoints.ranks import failure_of_first_rank
 from nitp_titan.runs.lock import RunLock
 from nitp_titan.runs.status import State, StatusFile
 from nitp_titan.training.hooks import Hook, Moment
@@ -22,15 +21,14 @@ if TYPE_CHECKING:
 class RunRecord(Hook):
     """Of every rank, though rank 0's alone writes. It is one of the trainer's hooks once :meth:`follow` is called."""
 
-    def __init__(self, folder: Path, steps: int, *, is_first: bool, locks: bool = True):
+    def __init__(self, folder: Path, steps: int, *, locks: bool = True):
         """Record nothing yet.
 
         Args:
             steps: ``training.steps``.
-            is_first: whether this is rank 0.
             locks: whether the folder is a run's, of which there is one at a time, and not a seed checkpoint's.
         """
-        self._folder, self._steps, self._is_first, self._locks = folder, steps, is_first, locks
+        self._folder, self._steps, self._locks = folder, steps, locks
         self._lock: RunLock | None = None
         self._status: StatusFile | None = None
         self._trainer: NITPTrainer | None = None
@@ -44,26 +42,17 @@ class RunRecord(Hook):
         Raises:
             RunError: on all ranks, where another run has the folder or rank 0 cannot write there.
         """
-        error: Exception | None = None
-        if self._is_first:
-            try:
-                self._claim()
-                begin()
-            except (RunError, OSError) as caught:
-                error = caught if isinstance(caught, RunError) else disk_error(caught, self._folder)
-        told = [error]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise told[0]
+        error = failure_of_first_rank(lambda: self._claim(begin))
+        if error is not None:
+            raise disk_error(error, self._folder) if isinstance(error, OSError) else error
 
-    def _claim(self) -> None:
+    def _claim(self, begin: Callable[[], None]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        if not self._locks:
-            return
-        self._lock = RunLock.take(self._folder, logger.warning)
-        self._status = StatusFile(self._folder, self._steps, logger.warning)
-        self._write("running")
+        if self._locks:
+            self._lock = RunLock.take(self._folder, logger.warning)
+            self._status = StatusFile(self._folder, self._steps, logger.warning)
+            self._write("running")
+        begin()
 
     def follow(self, trainer: NITPTrainer) -> None:
         """Keep the status of a trainer's run."""

@@ -23,6 +23,11 @@ class Interrupted(BaseException):
     """A signal came before there was anything to save; its name is the message."""
 
 
+def before_the_first_step(name: object, of: str = "") -> str:
+    """Return the line that says that a signal has ended a run that had nothing to save."""
+    return f"Interrupted by {name} before the first step{of}: nothing is lost. The same command goes on"
+
+
 class Signals:
     """Listens from its making to :meth:`close`, which give the signals back to who had them before.
 

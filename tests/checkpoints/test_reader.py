@@ -19,8 +19,9 @@ from nitp_titan.checkpoints.reader import (
     SafeReader,
     SafeRemoteReader,
     damaged_items,
-    too_short,
+    ends_of_files,
 )
+from nitp_titan.runs.metadata import too_short
 from nitp_titan.runs.steps import METADATA
 
 DTYPES = (
@@ -64,7 +65,7 @@ def test_a_checkpoint_is_read_as_torch_reads_it(reader, saved):
     for name, tensor in state()["model"].items():
         assert torch.equal(found["model"][name], tensor)
         assert found["model"][name].dtype == tensor.dtype
-    assert too_short(saved, SafeReader(saved).read_metadata()) == []
+    assert too_short(saved, ends_of_files(SafeReader(saved).read_metadata())) == []
     assert damaged_items(saved, SafeReader(saved).read_metadata(), lambda number: True) == []
 
 
@@ -171,6 +172,7 @@ def test_a_flipped_byte_of_a_checkpoint_without_a_manifest_is_noticed(saved):
         (saved / file).write_bytes(changed)
         assert damaged_items(saved, metadata, lambda number: True) == [f"model.torch.float64 in {file} is damaged"]
     (saved / file).write_bytes(whole[:-100])
-    assert too_short(saved, metadata)[0].startswith(f"{file} has {len(whole) - 100:,} bytes, of at least")
+    ends = ends_of_files(metadata)
+    assert too_short(saved, ends)[0].startswith(f"{file} has {len(whole) - 100:,} bytes, of at least")
     (saved / file).unlink()
-    assert too_short(saved, metadata) == [f"{file} is missing"]
+    assert too_short(saved, ends) == [f"{file} is missing"]
