@@ -66,6 +66,10 @@ class CheckpointManager(Upstream):
             Upstream.Config.__post_init__(self)
             if self.keep_every < 0:
                 raise ValueError(f"keep_every: found {self.keep_every}, expected 0 (none) or more")
+            if self.keep_every and filesystem.is_remote(self.folder):
+                raise ValueError(
+                    f"keep_every: found {self.keep_every}, which does not go with the remote {self.folder}"
+                )
             if self.branch_from and self.initial_load_path not in (None, self.branch_from):
                 raise ValueError("branch_from and initial_load_path name two checkpoints to start from, expected one")
 

@@ -239,6 +239,7 @@ def refused_by_upstream(overrides: list[str]) -> bool:
         ["--checkpoint.initial_load_in_hf_quantized"],
         ["--checkpoint.last_save_in_hf", "--checkpoint.no-last_save_model_only"],
         ["--checkpoint.last_save_in_hf", "--checkpoint.folder=gs://x"],
+        ["--checkpoint.keep_every=7", "--checkpoint.folder=gs://x"],
         ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path=gs://x"],
         ["--compile.enable_async_tensor_parallel"],
         ["--compile.enable_async_tensor_parallel", "--compile.enable", "--compile.components=loss"],

@@ -130,3 +130,12 @@ def test_the_latest_step_is_of_whole_checkpoints_with_such_a_name(checkpoint):
     (folder / "step-9" / "model.safetensors.index.json").touch()
     assert latest_step(folder) == 9
     assert latest_step(folder / "none") is None
+
+
+def test_what_is_to_be_kept_for_good_is_on_a_disk():
+    remote = ["--checkpoint.enable", "--checkpoint.folder=gs://bucket/run", "--tokenizer.name=byte"]
+    with pytest.raises(JobError) as caught:
+        load_job(None, [*remote, "--checkpoint.keep_every=1000"], 1)
+    assert "checkpoint.keep_every: found 1000, which does not go with the remote path gs://bucket/run" in str(
+        caught.value
+    )

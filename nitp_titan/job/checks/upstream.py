@@ -236,9 +236,15 @@ def check_checkpoint(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(
             "checkpoint", "initial_load_in_hf_quantized", "needs initial_load_in_hf = true and an initial_load_path"
         )
-    for key, location in (("last_save_in_hf", value("folder")), ("initial_load_in_hf", path)):
+    for key, location in (
+        ("last_save_in_hf", value("folder")),
+        ("initial_load_in_hf", path),
+        # There TorchTitan removes what is not of the latest.
+        ("keep_every", value("folder")),
+    ):
         if value(key) and "://" in location:
-            yield draft.problem("checkpoint", key, f"found true, which does not go with the remote path {location}")
+            found = quote(value(key))
+            yield draft.problem("checkpoint", key, f"found {found}, which does not go with the remote path {location}")
 
 
 def check_validator(draft: Draft) -> Iterator[Problem]:
