@@ -17,10 +17,12 @@ from nitp_titan.runs.steps import METADATA, complete_steps, is_complete
 
 def write(folder: Path, text: str, *, sealed: bool = True) -> Path:
     folder.mkdir(parents=True)
-    (folder / METADATA).write_text(text)
+    for name in (METADATA, "data"):
+        (folder / name).write_text(text)
     if sealed:
         step = int(folder.name.rpartition("-")[2])
-        Manifest.of(step, {METADATA: Entry.of(folder / METADATA)}, "everything", {}).write(folder)
+        files = {name: Entry.of(folder / name) for name in (METADATA, "data")}
+        Manifest.of(step, files, "everything", {}).write(folder)
     return folder
 
 
@@ -29,19 +31,24 @@ class Killed(BaseException):
 
 
 def killed_at(call: int) -> tuple[Any, Any]:
-    """Let the process die right before its n-th change of a name."""
+    """Let the process die right before its n-th change of a name, or amid it where a folder is removed."""
     calls = 0
 
     def dying(usual):
-        def run(*args, **kwargs):
+        def run(path, *args, **kwargs):
             nonlocal calls
             calls += 1
             if calls > call:
+                if usual is removed and path.is_dir():
+                    for file in path.iterdir():
+                        if file.name != METADATA:
+                            file.unlink()
                 raise Killed
-            return usual(*args, **kwargs)
+            return usual(path, *args, **kwargs)
 
         return run
 
+    removed = shutil.rmtree
     renames = mock.patch.object(Path, "rename", dying(Path.rename))
     return renames, mock.patch.object(shutil, "rmtree", dying(shutil.rmtree))
 
@@ -64,6 +71,7 @@ def test_a_kill_at_any_change_of_a_name_leaves_a_whole_checkpoint(there, call, t
     assert complete_steps(tmp_path) == [8]
     assert [path.name for path in tmp_path.iterdir()] == ["step-8"]
     text = (final / METADATA).read_text()
+    assert (final / "data").read_text() == text
     assert text == "new" if not killed else text in ("old", "new")
     assert killed == (call < (4 if there else 2))
 
